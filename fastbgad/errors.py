@@ -1,0 +1,70 @@
+"""The errors a user can meet.
+
+Every one derives from `FastBGADError`, names the file or the value that is wrong and says what to do about it.
+The command line prints the message alone and exits with code 2; a traceback means a bug in fastbgad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FastBGADError(Exception):
+    """Base of all errors that come from the input, the configuration or the machine, not from a bug."""
+
+
+class ConfigError(FastBGADError):
+    """An option has a value that cannot work (a negative size, an unknown method, ...)."""
+
+
+class DataError(FastBGADError):
+    """An image, a mask or a dataset cannot be used."""
+
+
+class DatasetProblemsError(DataError):
+    """A dataset was checked and found wanting: every problem is listed, not only the first.
+
+    Attributes:
+        problems: one sentence per problem, each naming its file or folder.
+    """
+
+    shown = 20
+
+    def __init__(self, root: object, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = [f"  - {problem}" for problem in self.problems[: self.shown]]
+        if len(self.problems) > self.shown:
+            lines.append(f"  ... and {len(self.problems) - self.shown} more")
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        super().__init__(f"{len(self.problems)} {noun} in the dataset {root}:\n" + "\n".join(lines))
+
+
+class FeatureError(FastBGADError):
+    """Features or scores contain NaN or Inf, or do not have the shape the model was made for."""
+
+
+class CheckpointError(FastBGADError):
+    """A checkpoint is missing, damaged, or belongs to another architecture."""
+
+
+class BackboneError(FastBGADError):
+    """A backbone or its weights cannot be had."""
+
+
+class MetricError(FastBGADError):
+    """A metric is not defined for this input (one class only, NaN scores, maps and masks of different sizes)."""
+
+
+class OutputError(FastBGADError):
+    """A file or folder cannot be written."""
+
+
+class BackendError(FastBGADError):
+    """The implementation asked for (`impl=...`) cannot run these tensors on this machine."""
+
+
+class MissingDependencyError(FastBGADError):
+    """An optional package is not installed; the message says which extra brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}: pip install 'fastbgad[{extra}]'")

@@ -1,0 +1,117 @@
+"""The conditional normalizing flow as a module, with FrEIA's parameter names.
+
+The `state_dict` of a FrEIA `SequenceINN` of `AllInOneBlock`s loads into `ConditionalFlow` key for key, and back.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .flow_spec import CouplingWeights, FlowSpec
+from .ops import FlowOutput, Impl, PositionalRows, flow_forward, flow_inverse
+
+
+class CouplingLayer(nn.Module):
+    """The tensors of one coupling layer under FrEIA's names; `ConditionalFlow` does the computing."""
+
+    w_perm: Tensor
+
+    def __init__(self, spec: FlowSpec, generator: torch.Generator) -> None:
+        super().__init__()
+        channels = spec.channels
+        # The parameter whose activation is 1, as FrEIA starts with global_affine_init = 1.
+        start = {"SOFTPLUS": 2 * math.log(math.expm1(5)), "SIGMOID": 2 - math.log(9), "EXP": 0.0}[spec.global_affine]
+        self.global_scale = nn.Parameter(torch.full((1, channels), start))
+        self.global_offset = nn.Parameter(torch.zeros(1, channels))
+        draw = _random_permutation if spec.hard_permutation else _random_rotation
+        w_perm = draw(channels, generator).float()
+        self.w_perm = nn.Parameter(w_perm, requires_grad=False)
+        self.w_perm_inv = nn.Parameter(w_perm.T.contiguous(), requires_grad=False)
+        self.subnet = nn.Sequential(
+            _linear(spec.passive_channels + spec.condition_channels, spec.hidden_channels, generator),
+            nn.ReLU(),
+            _linear(spec.hidden_channels, 2 * spec.active_channels, generator),
+        )
+
+    def weights(self) -> CouplingWeights:
+        """The layer's tensors as the operations want them."""
+        first, second = self.subnet[0], self.subnet[2]
+        scale, offset = self.global_scale[0], self.global_offset[0]
+        return CouplingWeights(first.weight, first.bias, second.weight, second.bias, scale, offset, self.w_perm)
+
+
+class ConditionalFlow(nn.Module):
+    """A normalizing flow over patch features [N, C], conditioned on their position (Yao et al., CVPR 2023).
+
+    Args:
+        spec: the shape of the flow.
+        seed: seed of the initial weights; the global random state is left alone.
+        impl: which implementation of the operations to use, see `fastbgad.ops`.
+    """
+
+    def __init__(self, spec: FlowSpec, *, seed: int = 0, impl: Impl = "auto") -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.spec = spec
+        self.impl: Impl = impl
+        self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
+
+    def weights(self) -> list[CouplingWeights]:
+        """The tensors of every coupling layer."""
+        return [layer.weights() for layer in self.module_list]  # type: ignore[operator,union-attr]
+
+    def forward(
+        self,
+        x: Tensor,  # [N, C]
+        condition: PositionalRows | Tensor | None = None,  # or [N, P]
+        *,
+        return_z: bool = False,
+        impl: Impl | None = None,
+    ) -> FlowOutput:
+        """Log-likelihood per dimension, log-determinant and, if asked, the latent of N rows; see `ops.flow_forward`."""
+        return flow_forward(x, self.weights(), self.spec, condition, return_z=return_z, impl=impl or self.impl)
+
+    def inverse(self, z: Tensor, condition: PositionalRows | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
+        return flow_inverse(z, self.weights(), self.spec, condition)
+
+    def log_likelihood_map(self, features: Tensor, *, impl: Impl | None = None) -> Tensor:
+        """lp of every patch of a level: [B, C, h, w] features to [B, h, w]."""
+        batch, channels, height, width = features.shape
+        rows = features.permute(0, 2, 3, 1).reshape(-1, channels)
+        condition = (
+            PositionalRows(height, width, channels=self.spec.condition_channels)
+            if self.spec.condition_channels
+            else None
+        )
+        return self(rows, condition, impl=impl).log_likelihood.reshape(batch, height, width)
+
+    def extra_repr(self) -> str:
+        return repr(self.spec)
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear layer with torch's usual initial distribution, U(-1/sqrt(inputs), 1/sqrt(inputs)), from `generator`."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    bound = 1 / math.sqrt(inputs)
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+def _random_rotation(channels: int, generator: torch.Generator) -> Tensor:
+    """A rotation drawn uniformly from SO(C), float64 [C, C]: QR of a Gaussian matrix (Mezzadri, 2007)."""
+    q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=generator))
+    q = q * torch.sign(torch.diagonal(r))
+    if torch.linalg.det(q) < 0:
+        q[0] = -q[0]
+    return q
+
+
+def _random_permutation(channels: int, generator: torch.Generator) -> Tensor:
+    """A random permutation matrix, float64 [C, C]."""
+    return torch.eye(channels, dtype=torch.float64)[torch.randperm(channels, generator=generator)]

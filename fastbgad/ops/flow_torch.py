@@ -1,0 +1,414 @@
+"""The portable fast path of the flow: plain PyTorch, arranged so that little is computed and less is stored.
+
+Three things make it fast (DESIGN: the equations stay those of `fastbgad.reference.flow`):
+
+- the positional condition enters through two small tables, A[w] + B[h], instead of a product over its P columns;
+- constants are folded once per call: 0.1 into W2 and b2, g into W_perm, the offset through W_perm;
+- rows go through all coupling layers in chunks whose hidden activations stay in the cache.
+
+`infer` keeps one chunk's activations; `FlowFunction` keeps what its hand-written backward needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from ..flow_spec import CouplingWeights, FlowSpec
+from .positional import PositionalRows
+
+# At inference the hidden activations of a chunk stay in the cache (1.2 MB in float32 for C = 40). Training writes them
+# to memory anyway, and longer chunks make fewer and larger products.
+CHUNK_ROWS = 1024
+TRAINING_CHUNK_ROWS = 4096
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Folded(NamedTuple):
+    """One coupling layer with its constants folded in, transposed for row-major products."""
+
+    w1x: Tensor  # [C1, H]
+    bias: Tensor  # [H], b1; with tables it is part of A
+    tables: Tensor | None  # [width + height, H], A above B
+    w1p: Tensor | None  # [P, H], for a dense condition
+    w2: Tensor  # [H, 2 * C2], scaled so that tanh and shift read it directly
+    b2: Tensor  # [2 * C2]
+    g: Tensor  # [C]
+    w_out: Tensor  # [C, C], diag(g) W_perm^T
+    out_bias: Tensor  # [C], W_perm offset
+    log_g: Tensor  # scalar, sum(log g)
+
+
+def global_affine_scale(global_scale: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """g [C] and its derivative with respect to the parameter [C]."""
+    if kind == "SOFTPLUS":
+        return 0.1 * torch.nn.functional.softplus(global_scale, beta=0.5), 0.1 * torch.sigmoid(0.5 * global_scale)
+    if kind == "SIGMOID":
+        sigmoid = torch.sigmoid(global_scale - 2)
+        return 10 * sigmoid, 10 * sigmoid * (1 - sigmoid)
+    g = torch.exp(global_scale)
+    return g, g
+
+
+def subnet_scale(spec: FlowSpec, like: Tensor) -> Tensor:
+    """What W2 and b2 are multiplied by, [2 * C2]: FrEIA's 0.1, and 1 / clamp before tanh in the scaled form."""
+    scale = like.new_full((2 * spec.active_channels,), 0.1)
+    if spec.clamp_form == "scaled_tanh":
+        scale[: spec.active_channels] /= spec.clamp
+    return scale
+
+
+def fold(
+    layers: Sequence[CouplingWeights],
+    spec: FlowSpec,
+    positions: PositionalRows | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Folded]:
+    """Folds the constants of every layer; the cost does not depend on the number of rows."""
+    c1 = spec.passive_channels
+    codes = positions.codes(dtype, device) if positions is not None else None
+    folded = []
+    for layer in layers:
+        w1, b1, w2, b2, global_scale, offset, w_perm = (tensor.detach().to(dtype) for tensor in layer)
+        g, _ = global_affine_scale(global_scale, spec.global_affine)
+        scale = subnet_scale(spec, w2)
+        tables = None
+        if codes is not None:
+            half = codes[0].shape[1]
+            columns = torch.addmm(b1, codes[0], w1[:, c1 : c1 + half].T)
+            tables = torch.cat([columns, codes[1] @ w1[:, c1 + half :].T])
+        folded.append(
+            Folded(
+                w1x=w1[:, :c1].T.contiguous(),
+                bias=b1,
+                tables=tables,
+                w1p=w1[:, c1:].T.contiguous() if tables is None and w1.shape[1] > c1 else None,
+                w2=(scale[:, None] * w2).T.contiguous(),
+                b2=scale * b2,
+                g=g,
+                w_out=(w_perm * g).T.contiguous(),
+                out_bias=w_perm @ offset,
+                log_g=torch.log(g).sum(),
+            )
+        )
+    return folded
+
+
+class RasterBias:
+    """The hidden bias of whole maps in raster order: A[w] + B[h] by broadcasting, without any index."""
+
+    def __init__(self, positions: PositionalRows) -> None:
+        self.height, self.width = positions.height, positions.width
+
+    def chunks(self, rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
+        """Chunks of whole maps where these are small, else of whole image rows within one map."""
+        area = self.height * self.width
+        if area <= chunk_rows:
+            step = chunk_rows // area * area
+            yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+            return
+        step = max(1, chunk_rows // self.width) * self.width
+        for image in range(0, rows, area):
+            yield from ((start, min(start + step, image + area)) for start in range(image, image + area, step))
+
+    def fill(self, layer: Folded, start: int, stop: int, hidden: Tensor) -> Tensor:
+        assert layer.tables is not None
+        area = self.height * self.width
+        columns, lines = layer.tables[: self.width], layer.tables[self.width :]
+        first = start % area // self.width
+        last = self.height if stop - start >= area else first + (stop - start) // self.width
+        # [images, lines, width, H]; one image unless the chunk holds several whole maps
+        view = hidden.view(-1, last - first, self.width, hidden.shape[1])
+        torch.add(columns, lines[first:last, None], out=view[0])
+        if len(view) > 1:
+            view[1:] = view[0]
+        return hidden
+
+
+class GatheredBias:
+    """The hidden bias of rows at arbitrary positions: A[w] + B[h] as one bag of two table rows per feature row."""
+
+    def __init__(self, positions: PositionalRows, rows: int, device: torch.device) -> None:
+        position = positions.positions(rows, device)
+        self.bags = torch.stack([position % positions.width, position // positions.width + positions.width], dim=1)
+        self.table_rows = positions.width + positions.height
+
+    def chunks(self, rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
+
+    def fill(self, layer: Folded, start: int, stop: int, hidden: Tensor | None) -> Tensor:
+        assert layer.tables is not None
+        return embedding_bag(self.bags[start:stop], layer.tables, mode="sum")
+
+    def segments(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """For the gradient of the tables: feature rows ordered by the table row they used, and where each begins.
+
+        A stable sort, so that the sums are taken in one order and the same seed gives the same bits.
+        """
+        used = self.bags[start:stop].reshape(-1)
+        order = torch.argsort(used, stable=True)
+        counts = torch.bincount(used, minlength=self.table_rows)
+        return order // 2, torch.cumsum(counts, 0) - counts
+
+
+class DenseBias:
+    """The hidden bias of a dense condition [N, P], or of none."""
+
+    def __init__(self, condition: Tensor | None) -> None:
+        self.condition = condition
+
+    def chunks(self, rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
+
+    def fill(self, layer: Folded, start: int, stop: int, hidden: Tensor | None) -> Tensor:
+        if self.condition is None or layer.w1p is None:
+            if hidden is None:
+                return layer.bias.repeat(stop - start, 1)
+            return hidden.copy_(layer.bias.expand_as(hidden))
+        if hidden is None:
+            return torch.addmm(layer.bias, self.condition[start:stop], layer.w1p)
+        return torch.addmm(layer.bias, self.condition[start:stop], layer.w1p, out=hidden)
+
+
+Bias = RasterBias | GatheredBias | DenseBias
+
+
+def log_likelihood_(z: Tensor, log_det: Tensor) -> Tensor:
+    """lp = (-C/2 ln(2 pi) - 1/2 |z|^2 + log_det) / C, [N]."""
+    return (log_det - 0.5 * torch.linalg.vecdot(z, z)) / z.shape[1] - 0.5 * LOG_2PI
+
+
+@torch.no_grad()
+def infer(
+    x: Tensor,  # [N, C] in the compute dtype
+    layers: Sequence[CouplingWeights],
+    spec: FlowSpec,
+    positions: PositionalRows | None,
+    dense: Tensor | None,  # [N, P]
+    return_z: bool,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lp [N], log_det [N] and z [N, C] if asked, holding the activations of one chunk of rows at a time."""
+    rows, c1, c2 = x.shape[0], spec.passive_channels, spec.active_channels
+    folded = fold(layers, spec, positions, x.dtype, x.device)
+    bias: Bias
+    if positions is None:
+        bias = DenseBias(dense)
+    elif positions.index is None:
+        bias = RasterBias(positions)
+    else:
+        bias = GatheredBias(positions, rows, x.device)
+    log_g = torch.stack([layer.log_g for layer in folded]).sum()
+    lp, log_det = x.new_empty(rows), x.new_empty(rows)
+    z = torch.empty_like(x) if return_z else None
+
+    chunks = list(bias.chunks(rows, chunk_rows))
+    longest = max((stop - start for start, stop in chunks), default=0)
+    hidden_buffer = x.new_empty(longest, folded[0].w1x.shape[1])
+    a_buffer = x.new_empty(longest, 2 * c2)
+    states = x.new_empty(longest, x.shape[1]), x.new_empty(longest, x.shape[1])
+    scale_sum_buffer = x.new_empty(longest, c2)
+
+    for start, stop in chunks:
+        n = stop - start
+        a = a_buffer[:n]
+        state, following = states[0][:n], states[1][:n]
+        scale_sum = scale_sum_buffer[:n].zero_()
+        state.copy_(x[start:stop])
+        for layer in folded:
+            hidden = bias.fill(layer, start, stop, hidden_buffer[:n])
+            hidden.addmm_(state[:, :c1], layer.w1x).relu_()
+            torch.addmm(layer.b2, hidden, layer.w2, out=a)
+            s, shift, active = a[:, :c2], a[:, c2:], state[:, c1:]
+            s.tanh_().mul_(spec.clamp)
+            scale_sum.add_(s)
+            torch.addcmul(shift, active, s.exp_(), out=active)  # y = [x1, x2 exp(s) + a_t], in place
+            torch.addmm(layer.out_bias, state, layer.w_out, out=following)  # W_perm (g y + offset)
+            state, following = following, state
+        torch.sum(scale_sum, dim=1, out=log_det[start:stop])
+        log_det[start:stop].add_(log_g)
+        lp[start:stop] = log_likelihood_(state, log_det[start:stop])
+        if z is not None:
+            z[start:stop] = state
+    return lp, log_det, z
+
+
+class FlowFunction(torch.autograd.Function):
+    """lp, log_det and z of all rows, with gradients of x, of a dense condition and of every weight.
+
+    Each chunk of rows saves, per layer, its input [n, C], hidden activation [n, H], tanh [n, C2] and y2 [n, C2].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [N, C]
+        dense: Tensor | None,  # [N, P]
+        positions: PositionalRows | None,
+        spec: FlowSpec,
+        chunk_rows: int,
+        *weights: Tensor,  # the tensors of every layer, in the order of CouplingWeights
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        c1, c2 = spec.passive_channels, spec.active_channels
+        layers = unflatten(weights)
+        folded = fold(layers, spec, positions, x.dtype, x.device)
+        bias = DenseBias(dense) if positions is None else GatheredBias(positions, x.shape[0], x.device)
+        log_g = torch.stack([layer.log_g for layer in folded]).sum()
+        z = torch.empty_like(x)
+        log_det = x.new_empty(x.shape[0])
+        chunks = list(bias.chunks(x.shape[0], chunk_rows))
+        saved: list[Tensor] = []
+        for start, stop in chunks:
+            state = x[start:stop]
+            scale_sum = x.new_zeros(stop - start)
+            for layer in folded:
+                hidden = bias.fill(layer, start, stop, None).addmm_(state[:, :c1], layer.w1x).relu_()
+                a = torch.addmm(layer.b2, hidden, layer.w2)
+                tanh = torch.tanh(a[:, :c2])
+                s = spec.clamp * tanh
+                scale_sum += s.sum(dim=1)
+                y2 = torch.addcmul(a[:, c2:], state[:, c1:], s.exp_())
+                saved += [state, hidden, tanh, y2]
+                y = torch.cat([state[:, :c1], y2], dim=1)
+                state = torch.addmm(layer.out_bias, y, layer.w_out)
+            z[start:stop] = state
+            log_det[start:stop] = scale_sum + log_g
+        ctx.save_for_backward(z, *weights, *saved)
+        ctx.spec, ctx.bias, ctx.chunks, ctx.positions, ctx.folded = spec, bias, chunks, positions, folded
+        ctx.set_materialize_grads(False)
+        return log_likelihood_(z, log_det), log_det, z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_lp: Tensor | None, d_log_det: Tensor | None, d_z: Tensor | None) -> tuple[Any, ...]:
+        spec: FlowSpec = ctx.spec
+        folded: list[Folded] = ctx.folded
+        z, *rest = ctx.saved_tensors
+        count = 7 * spec.coupling_layers
+        weights, saved = rest[:count], rest[count:]
+        gradients = [LayerGradients(layer, spec) for layer in folded]
+
+        # lp = (const - 1/2 |z|^2 + log_det) / C
+        d_state = torch.zeros_like(z) if d_z is None else d_z.clone()
+        d_det = z.new_zeros(z.shape[0]) if d_log_det is None else d_log_det.clone()
+        if d_lp is not None:
+            d_state.addcmul_(z, d_lp[:, None], value=-1 / z.shape[1])
+            d_det.add_(d_lp, alpha=1 / z.shape[1])
+        d_x = torch.empty_like(z) if ctx.needs_input_grad[0] else None
+        needs_dense = ctx.needs_input_grad[1]
+        d_dense = z.new_zeros(z.shape[0], spec.condition_channels) if needs_dense else None
+
+        longest = max((stop - start for start, stop in ctx.chunks), default=0)
+        hidden_buffer = z.new_empty(longest, folded[0].w1x.shape[1])
+        for chunk, (start, stop) in enumerate(ctx.chunks):
+            d_hidden = hidden_buffer[: stop - start]
+            d_out, d_scale = d_state[start:stop], d_det[start:stop, None]
+            segments = ctx.bias.segments(start, stop) if isinstance(ctx.bias, GatheredBias) else None
+            condition = ctx.bias.condition[start:stop] if folded[0].w1p is not None else None
+            for index in reversed(range(len(folded))):
+                at = 4 * (chunk * len(folded) + index)
+                d_out = gradients[index].accumulate(d_out, d_scale, *saved[at : at + 4], segments, condition, d_hidden)
+                if d_dense is not None:
+                    d_dense[start:stop].addmm_(d_hidden, folded[index].w1p.T)
+            if d_x is not None:
+                d_x[start:stop] = d_out
+        total = d_det.sum()
+        d_weights = [
+            tensor
+            for layer, gradient in zip(unflatten(weights), gradients, strict=True)
+            for tensor in gradient.unfold(layer, total, ctx.positions)
+        ]
+        return d_x, d_dense, None, None, None, *d_weights
+
+
+class LayerGradients:
+    """Gradients of one layer's folded weights, summed over chunks, then carried back to the layer's own weights."""
+
+    def __init__(self, layer: Folded, spec: FlowSpec) -> None:
+        self.layer, self.spec = layer, spec
+        # The layer's weights as the backward products want them: [C2 * 2, H] and [H, C1].
+        self.w2_rows, self.w1x_rows = layer.w2.T.contiguous(), layer.w1x.T.contiguous()
+        self.w_out_rows = layer.w_out.T.contiguous()
+        self.w1x = torch.zeros_like(self.w1x_rows)  # [H, C1]
+        self.w2 = torch.zeros_like(self.w2_rows)  # [2 * C2, H]
+        self.b2 = torch.zeros_like(layer.b2)
+        self.y_sum = torch.zeros_like(layer.g)  # sum over rows of dy
+        self.y_dot = torch.zeros_like(layer.g)  # sum over rows of dy * y
+        self.bias = torch.zeros_like(layer.bias)
+        self.tables = torch.zeros_like(layer.tables) if layer.tables is not None else None
+        self.w1p = torch.zeros_like(layer.w1p.T) if layer.w1p is not None else None  # [H, P]
+
+    def accumulate(
+        self,
+        d_out: Tensor,  # [n, C]
+        d_scale: Tensor,  # [n, 1], gradient of log_det
+        x: Tensor,  # [n, C], the layer's input
+        hidden: Tensor,  # [n, H]
+        tanh: Tensor,  # [n, C2]
+        y2: Tensor,  # [n, C2]
+        segments: tuple[Tensor, Tensor] | None,
+        condition: Tensor | None,  # [n, P]
+        d_hidden: Tensor,  # [n, H], filled with the gradient before the ReLU
+    ) -> Tensor:
+        """Adds one chunk's gradients; returns dx [n, C]."""
+        c1, clamp = self.spec.passive_channels, self.spec.clamp
+        x1, x2 = x[:, :c1], x[:, c1:]
+        dy = d_out @ self.w_out_rows  # out = W_perm diag(g) y + W_perm offset
+        self.y_sum += dy.sum(dim=0)
+        self.y_dot[:c1] += (dy[:, :c1] * x1).sum(dim=0)
+        self.y_dot[c1:] += (dy[:, c1:] * y2).sum(dim=0)
+
+        dy2 = dy[:, c1:]  # y2 = x2 exp(s) + a_t, s = clamp tanh(a_s)
+        dx2 = dy2 * torch.exp(clamp * tanh)
+        ds = torch.addcmul(d_scale, dx2, x2)
+        da = torch.cat([ds.mul_(clamp).mul_(1 - tanh * tanh), dy2], dim=1)  # [n, 2 * C2]
+        self.w2.addmm_(da.T, hidden)
+        self.b2 += da.sum(dim=0)
+
+        torch.mm(da, self.w2_rows, out=d_hidden)
+        torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0, grad_input=d_hidden)
+        self.w1x.addmm_(d_hidden.T, x1)
+        if segments is not None and self.tables is not None:
+            rows, offsets = segments
+            self.tables += embedding_bag(rows, d_hidden, offsets, mode="sum")
+        else:
+            self.bias += d_hidden.sum(dim=0)
+            if condition is not None and self.w1p is not None:
+                self.w1p.addmm_(d_hidden.T, condition)
+        dx1 = torch.addmm(dy[:, :c1], d_hidden, self.w1x_rows)
+        return torch.cat([dx1, dx2], dim=1)
+
+    def unfold(
+        self,
+        layer: CouplingWeights,
+        d_log_det: Tensor,  # scalar, sum over rows of the gradient of log_det
+        positions: PositionalRows | None,
+    ) -> tuple[Tensor, ...]:
+        """The gradients of a `CouplingWeights`, in its order; W_perm is fixed and gets None."""
+        scale = subnet_scale(self.spec, self.b2)
+        g, dg_dp = global_affine_scale(layer.global_scale.to(self.b2.dtype), self.spec.global_affine)
+        d_bias, d_w1 = self.bias, self.w1x
+        if self.tables is not None and positions is not None:
+            # A = code_w W1w^T + b1 and B = code_h W1h^T
+            column_code, row_code = positions.codes(self.b2.dtype, self.b2.device)
+            d_columns, d_lines = self.tables[: positions.width], self.tables[positions.width :]
+            d_w1 = torch.cat([d_w1, d_columns.T @ column_code, d_lines.T @ row_code], dim=1)
+            d_bias = d_columns.sum(dim=0)
+        elif self.w1p is not None:
+            d_w1 = torch.cat([d_w1, self.w1p], dim=1)
+        # v = g y + offset and dv = dy / g, so dg = sum(dv y) and doffset = sum(dv); log_det adds sum(log g) per row
+        d_g = (self.y_dot + d_log_det) / g
+        gradients = (d_w1, d_bias, scale[:, None] * self.w2, scale * self.b2, d_g * dg_dp, self.y_sum / g)
+        return *(gradient.to(p.dtype) for gradient, p in zip(gradients, layer, strict=False)), None  # type: ignore[return-value]
+
+
+def unflatten(weights: Sequence[Tensor]) -> list[CouplingWeights]:
+    """The tensors of all layers in one sequence, seven per layer, as layers again."""
+    size = len(CouplingWeights._fields)
+    return [CouplingWeights(*weights[i : i + size]) for i in range(0, len(weights), size)]
