@@ -6,6 +6,7 @@ The `state_dict` of a FrEIA `SequenceINN` of `AllInOneBlock`s loads into `Condit
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class CouplingLayer(nn.Module):
 
     def weights(self) -> CouplingWeights:
         """The layer's tensors as the operations want them."""
-        first, second = self.subnet[0], self.subnet[2]
+        first, second = cast(nn.Linear, self.subnet[0]), cast(nn.Linear, self.subnet[2])
         scale, offset = self.global_scale[0], self.global_offset[0]
         return CouplingWeights(first.weight, first.bias, second.weight, second.bias, scale, offset, self.w_perm)
 
@@ -61,7 +62,7 @@ class ConditionalFlow(nn.Module):
 
     def weights(self) -> list[CouplingWeights]:
         """The tensors of every coupling layer."""
-        return [layer.weights() for layer in self.module_list]  # type: ignore[operator,union-attr]
+        return [cast(CouplingLayer, layer).weights() for layer in self.module_list]
 
     def forward(
         self,

@@ -44,6 +44,15 @@ class Folded(NamedTuple):
     log_g: Tensor  # scalar, sum(log g)
 
 
+class Saved(NamedTuple):
+    """What one layer keeps of one chunk of n rows for its backward."""
+
+    x: Tensor  # [n, C], the layer's input
+    hidden: Tensor  # [n, H], after the ReLU
+    tanh: Tensor  # [n, C2], log-scale / clamp
+    y2: Tensor  # [n, C2], the active half after scale and shift
+
+
 def global_affine_scale(global_scale: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """g [C] and its derivative with respect to the parameter [C]."""
     if kind == "SOFTPLUS":
@@ -274,7 +283,7 @@ class FlowFunction(torch.autograd.Function):
                 s = spec.clamp * tanh
                 scale_sum += s.sum(dim=1)
                 y2 = torch.addcmul(a[:, c2:], state[:, c1:], s.exp_())
-                saved += [state, hidden, tanh, y2]
+                saved += Saved(state, hidden, tanh, y2)
                 y = torch.cat([state[:, :c1], y2], dim=1)
                 state = torch.addmm(layer.out_bias, y, layer.w_out)
             z[start:stop] = state
@@ -312,10 +321,12 @@ class FlowFunction(torch.autograd.Function):
             segments = ctx.bias.segments(start, stop) if isinstance(ctx.bias, GatheredBias) else None
             condition = ctx.bias.condition[start:stop] if folded[0].w1p is not None else None
             for index in reversed(range(len(folded))):
-                at = 4 * (chunk * len(folded) + index)
-                d_out = gradients[index].accumulate(d_out, d_scale, *saved[at : at + 4], segments, condition, d_hidden)
-                if d_dense is not None:
-                    d_dense[start:stop].addmm_(d_hidden, folded[index].w1p.T)
+                at = len(Saved._fields) * (chunk * len(folded) + index)
+                kept = Saved(*saved[at : at + len(Saved._fields)])
+                d_out = gradients[index].accumulate(d_out, d_scale, kept, segments, condition, d_hidden)
+                w1p = folded[index].w1p
+                if d_dense is not None and w1p is not None:
+                    d_dense[start:stop].addmm_(d_hidden, w1p.T)
             if d_x is not None:
                 d_x[start:stop] = d_out
         total = d_det.sum()
@@ -348,16 +359,14 @@ class LayerGradients:
         self,
         d_out: Tensor,  # [n, C]
         d_scale: Tensor,  # [n, 1], gradient of log_det
-        x: Tensor,  # [n, C], the layer's input
-        hidden: Tensor,  # [n, H]
-        tanh: Tensor,  # [n, C2]
-        y2: Tensor,  # [n, C2]
+        kept: Saved,
         segments: tuple[Tensor, Tensor] | None,
         condition: Tensor | None,  # [n, P]
         d_hidden: Tensor,  # [n, H], filled with the gradient before the ReLU
     ) -> Tensor:
         """Adds one chunk's gradients; returns dx [n, C]."""
         c1, clamp = self.spec.passive_channels, self.spec.clamp
+        x, hidden, tanh, y2 = kept
         x1, x2 = x[:, :c1], x[:, c1:]
         dy = d_out @ self.w_out_rows  # out = W_perm diag(g) y + W_perm offset
         self.y_sum += dy.sum(dim=0)
@@ -389,7 +398,7 @@ class LayerGradients:
         layer: CouplingWeights,
         d_log_det: Tensor,  # scalar, sum over rows of the gradient of log_det
         positions: PositionalRows | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """The gradients of a `CouplingWeights`, in its order; W_perm is fixed and gets None."""
         scale = subnet_scale(self.spec, self.b2)
         g, dg_dp = global_affine_scale(layer.global_scale.to(self.b2.dtype), self.spec.global_affine)
@@ -405,7 +414,7 @@ class LayerGradients:
         # v = g y + offset and dv = dy / g, so dg = sum(dv y) and doffset = sum(dv); log_det adds sum(log g) per row
         d_g = (self.y_dot + d_log_det) / g
         gradients = (d_w1, d_bias, scale[:, None] * self.w2, scale * self.b2, d_g * dg_dp, self.y_sum / g)
-        return *(gradient.to(p.dtype) for gradient, p in zip(gradients, layer, strict=False)), None  # type: ignore[return-value]
+        return *(gradient.to(p.dtype) for gradient, p in zip(gradients, layer, strict=False)), None
 
 
 def unflatten(weights: Sequence[Tensor]) -> list[CouplingWeights]:

@@ -35,5 +35,5 @@ def score_map(
 
     score = offset - sum over levels of upsample(exp(lp_l - level_max_l))
     """
-    likelihood = sum(upsample_bilinear(torch.exp(lp - level_max[i]), size) for i, lp in enumerate(levels))
-    return offset - likelihood
+    likelihoods = [upsample_bilinear(torch.exp(lp - level_max[i]), size) for i, lp in enumerate(levels)]
+    return offset - torch.stack(likelihoods).sum(dim=0)

@@ -1,0 +1,47 @@
+"""Frozen feature extractors: any timm model, truncated, and a Gabor filter bank that needs no download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import BackboneError
+from .base import Backbone
+from .gabor import GaborBackbone
+
+__all__ = ["Backbone", "GaborBackbone", "create_backbone"]
+
+
+def create_backbone(
+    name: str = "tf_efficientnet_b6",
+    levels: Sequence[int] = (1, 2, 3),
+    weights: str | Path = "pretrained",
+    seed: int = 0,
+    dtype: str = "float32",
+    compile: bool = False,
+) -> Backbone:
+    """Builds a backbone by name.
+
+    Args:
+        name: `gabor`, or any timm model with feature maps; `model.tag` chooses one of its pretrained weights.
+        levels: indices of the feature levels in timm's numbering; for most models level l has stride 2^(l+1).
+        weights: `pretrained` (from the hub through timm), `random`, or the path of a .safetensors, .pth or .pt file.
+            The filters of `gabor` are formulas: it has no weights and takes only the default.
+        seed: for random weights; the global random state is neither read nor changed.
+        dtype: `float32`, `float16` or `bfloat16`, of a timm model's weights and features; `gabor` knows float32 only.
+        compile: run a timm model through torch.compile; `gabor` does without.
+
+    Raises:
+        BackboneError: unknown name or level, a model without feature maps, or an unreachable hub.
+        CheckpointError: a weights file that is missing, damaged or of another model.
+    """
+    if name == "gabor":
+        if str(weights) != "pretrained":
+            raise BackboneError(f"the gabor backbone has no weights to load from {weights}: leave weights out")
+        if dtype != "float32" or compile:
+            raise BackboneError("the gabor backbone runs in float32, uncompiled: leave dtype and compile out")
+        return GaborBackbone(levels)
+    # timm takes seconds to import, and the Gabor filter bank does without it.
+    from .timm_features import TimmBackbone
+
+    return TimmBackbone(name, levels, weights, seed=seed, dtype=dtype, compile=compile)

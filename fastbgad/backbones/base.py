@@ -1,0 +1,120 @@
+"""What every frozen feature extractor offers: levels, checked images, a configuration and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FeatureError
+
+# Resizing with a sharp kernel overshoots [0, 1] a little, which is harmless; images in 0..255, or already divided by
+# a standard deviation, go far beyond and would give wrong features without any other sign.
+_OVERSHOOT = 0.5
+
+
+class Backbone(nn.Module):
+    """A frozen feature extractor: no parameter asks for a gradient and `train()` leaves it in evaluation mode.
+
+    Attributes:
+        channels: number of channels of each level.
+        strides: image pixels per feature cell of each level.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Extracts the features of a batch of images.
+
+        Args:
+            images: [B, 3, H, W] RGB, uint8 in 0..255 or floating point in [0, 1]; each backbone normalises them itself.
+
+        Returns:
+            One floating point tensor [B, C_l, H_l, W_l] per level.
+
+        Raises:
+            FeatureError: the images have another shape, dtype or range, or are smaller than a feature cell.
+        """
+        raise NotImplementedError
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit` must see training images before the first forward."""
+        return False
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Learns the feature statistics from batches of un-augmented normal images; nothing to learn by default.
+
+        Args:
+            batches: [B, 3, H, W] tensors as for `forward`.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of `create_backbone` that build this backbone again, weights aside; JSON can hold them."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every tensor, as 64 hexadecimal digits.
+
+        Two backbones with the same fingerprint compute the same features, so caches and checkpoints are bound to it.
+        """
+        digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode whatever `mode` is: a frozen network must not update its batch statistics."""
+        return super().train(False)
+
+    def _freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+
+def unit_range(
+    images: Tensor,  # [B, 3, H, W] uint8 or floating point
+    smallest: int,
+) -> Tensor:
+    """Checks images and brings them to float32 in [0, 1].
+
+    Args:
+        images: RGB, uint8 in 0..255 or floating point in [0, 1].
+        smallest: least height and width, in pixels.
+
+    Raises:
+        FeatureError: naming what is wrong with the shape, the dtype or the values.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise FeatureError(f"images have the shape {list(images.shape)}; expected [batch, 3, height, width] in RGB")
+    if images.shape[0] == 0:
+        raise FeatureError("the batch holds no image")
+    if min(images.shape[2:]) < smallest:
+        height, width = images.shape[2:]
+        raise FeatureError(
+            f"images of {height} x {width} pixels are too small for this backbone: "
+            f"each side needs at least {smallest}; resize them"
+        )
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32) / 255
+    if not images.is_floating_point():
+        raise FeatureError(f"images are {images.dtype}; expected uint8 in 0..255 or floating point in [0, 1]")
+    images = images.to(torch.float32)
+    # A traced graph cannot branch on values; whoever compiles the whole backbone checks the images outside.
+    if not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in torch.aminmax(images))
+        # NaN fails every comparison.
+        if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+            raise FeatureError(
+                f"floating point images span {low:.4g} to {high:.4g}; expected [0, 1] without NaN or Inf "
+                "(divide 8-bit values by 255, and leave the normalisation to the backbone)"
+            )
+    return images

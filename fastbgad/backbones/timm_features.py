@@ -1,0 +1,182 @@
+"""Feature levels of any timm model, cut off after the last level used."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import EfficientNetFeatures, FeatureDictNet, FeatureHookNet, MobileNetV3Features
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from ..errors import BackboneError, FeatureError
+from .base import Backbone, unit_range
+from .weights import hub_error, hub_overlay, load_weights, read_weights
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class TimmBackbone(Backbone):
+    """A frozen timm `features_only` model that runs no stage beyond the last level it returns.
+
+    The features are bit-equal to those of timm's own `features_only` model. Tensors are kept channels_last, which the
+    convolution libraries prefer; shapes stay [B, C, H, W].
+
+    Attributes:
+        truncated: False where the feature class is not known well enough to cut: the model is whole, and correct.
+        dropped_parameters: how many parameters timm's feature extractor of all levels has beyond this one.
+    """
+
+    net: nn.Module
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str = "tf_efficientnet_b6",
+        levels: Sequence[int] = (1, 2, 3),
+        weights: str | Path = "pretrained",
+        *,
+        seed: int = 0,
+        dtype: str = "float32",
+        compile: bool = False,
+    ) -> None:
+        """Builds the model and loads its weights.
+
+        Args:
+            name: timm's model name, `model` or `model.tag`. Without a tag timm takes its default pretrained weights.
+            levels: strictly increasing level indices in timm's numbering.
+            weights: `pretrained`, `random` or the path of a file, see `create_backbone`.
+            seed: for random weights.
+            dtype: `float32`, `float16` or `bfloat16`, of the weights and of the features.
+            compile: run the network through torch.compile; the names in the state dict stay the same.
+
+        Raises:
+            BackboneError: unknown name, level or dtype, a model without feature maps, or an unreachable hub.
+            CheckpointError: a weights file that is missing, damaged or of another model.
+        """
+        super().__init__()
+        if dtype not in _DTYPES:
+            raise BackboneError(f"unknown dtype {dtype!r} of a backbone; choose one of {', '.join(_DTYPES)}")
+        self.name, self.levels, self.dtype = name, tuple(int(level) for level in levels), dtype
+        whole = _build(name, seed)
+        info, size_of_whole = whole.feature_info, _count(whole)
+        del whole  # never two large models at a time
+        _check_levels(name, self.levels, info)
+        self.channels = tuple(info.channels(list(self.levels)))
+        self.strides = tuple(info.reduction(list(self.levels)))
+
+        source = str(weights)
+        overlay = hub_overlay(name) if source == "pretrained" else None
+        net = _build(name, seed, out_indices=self.levels, overlay=overlay)
+        self.truncated = _truncate(net, self.levels)
+        self.dropped_parameters = size_of_whole - _count(net)
+        if source not in ("pretrained", "random"):
+            load_weights(net, read_weights(weights), weights, name)
+
+        self._channels_come_last = str(getattr(net, "output_fmt", "")).endswith("NHWC")
+        source_config = net.pretrained_cfg
+        self._fixed_size = tuple(source_config["input_size"][1:]) if source_config.get("fixed_input_size") else None
+        # Statistics of the pretrained weights, not learnt here: they follow from the name, so no checkpoint needs them.
+        for buffer in ("mean", "std"):
+            values = torch.tensor(source_config[buffer], dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(buffer, values, persistent=False)
+        self.net = net.to(_DTYPES[dtype]).to(memory_format=torch.channels_last)
+        self._freeze()
+        if compile:
+            # In place: a wrapping module would rename every tensor of the state dict.
+            self.net.compile()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Extracts the levels; see `Backbone.forward`. A last row or column of cells may be partly outside the image.
+
+        Raises:
+            FeatureError: images that the model cannot take, or features that are not maps of this many channels.
+        """
+        images = unit_range(images, smallest=max(self.strides))
+        height, width = images.shape[-2:]
+        fixed_height, fixed_width = self._fixed_size or (height, width)
+        if (height, width) != (fixed_height, fixed_width):
+            raise FeatureError(
+                f"{self.name} takes images of {fixed_height} x {fixed_width} pixels only, not {height} x {width}; "
+                "resize them or choose a convolutional backbone"
+            )
+        images = ((images - self.mean) / self.std).to(_DTYPES[self.dtype], memory_format=torch.channels_last)
+        features = self.net(images)
+        if self._channels_come_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        for feature, channels in zip(features, self.channels, strict=True):
+            if feature.ndim != 4 or feature.shape[1] != channels:
+                raise FeatureError(
+                    f"{self.name} gives features of the shape {list(feature.shape)} where [batch, {channels}, height, "
+                    "width] was expected; choose another backbone"
+                )
+        return features
+
+    def config(self) -> dict[str, Any]:
+        """See `Backbone.config`. `compile` is left out: it depends on the machine, not on the model."""
+        return {"name": self.name, "levels": list(self.levels), "dtype": self.dtype}
+
+
+def _build(
+    name: str, seed: int, out_indices: tuple[int, ...] | None = None, overlay: dict[str, Any] | None = None
+) -> Any:
+    """A features_only model; `overlay` (see `hub_overlay`) asks for pretrained weights, None for random ones."""
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "`timm.list_models()` lists all"
+        raise BackboneError(f"there is no backbone {name!r} in timm {timm.__version__}; {hint}")
+    base, _, tag = name.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise BackboneError(f"{base} has no pretrained weights {tag!r}; choose one of {', '.join(tags) or 'none'}")
+    options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
+    if overlay is not None:
+        options.update(pretrained=True, pretrained_cfg_overlay=overlay or None)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would also reseed the generators of the GPUs.
+            torch.default_generator.manual_seed(seed)
+            return timm.create_model(name, features_only=True, **options)
+    except Exception as error:
+        # timm reports a model without feature maps in as many ways as it has model families.
+        if overlay is not None:
+            raise hub_error(name, error) from error
+        raise BackboneError(f"timm offers no feature maps of {name} ({error}); choose another backbone") from error
+
+
+def _check_levels(name: str, levels: tuple[int, ...], info: Any) -> None:
+    count = len(info.info)
+    increasing = all(low < high for low, high in itertools.pairwise(levels))
+    if not levels or not increasing or levels[0] < 0 or levels[-1] >= count:
+        existing = ", ".join(
+            f"{level} ({entry['num_chs']} channels, stride {entry['reduction']})"
+            for level, entry in enumerate(info.info)
+        )
+        raise BackboneError(f"{name} has no levels {list(levels)}; name some of these, in increasing order: {existing}")
+
+
+def _truncate(net: Any, levels: tuple[int, ...]) -> bool:
+    """Cuts everything after the last level away; False where `net` is of a class that cannot be cut."""
+    if isinstance(net, (EfficientNetFeatures, MobileNetV3Features)):
+        if net.feature_hooks is not None:
+            return False
+        # Stage s is the output of blocks[s - 1], stage 0 that of the stem; forward runs all blocks there are.
+        last = max(net.feature_info[level]["stage"] for level in levels)
+        net.blocks = nn.Sequential(*list(net.blocks)[:last])
+        return True
+    # timm itself stops at the last module it needs when it rebuilds a model from its children.
+    if isinstance(net, FeatureDictNet):
+        return True
+    if isinstance(net, FeatureHookNet):
+        return "body" not in net
+    return isinstance(net, FeatureGetterNet) and hasattr(net.model, "prune_intermediate_layers")
+
+
+def _count(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())

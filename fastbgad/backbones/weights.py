@@ -1,0 +1,204 @@
+"""Weights of a timm feature extractor: read from a file, matched key by key, or found on the hub without hanging."""
+
+from __future__ import annotations
+
+import pickle
+import urllib.request
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackboneError, CheckpointError
+
+_HUB_TIMEOUT = 10.0  # seconds until the hub counts as unreachable
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_SHOWN_KEYS = 3
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Reads a state dict from a .safetensors file or a file of `torch.save`, on the CPU.
+
+    A dict that wraps the tensors as `state_dict` or `model` is opened, and the `module.` prefix that data parallel
+    training leaves is removed.
+
+    Raises:
+        CheckpointError: no such file, damaged content, or content that is no dict of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no weights file {path}; weights is `pretrained`, `random` or the path of a file")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    tensors = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
+    if not tensors or not state:
+        raise CheckpointError(f"{path} holds no dict of tensors; save the `state_dict()` of the model")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str | Path, model: str) -> None:
+    """Loads the part of `state` that `net` uses; keys of stages cut off and of the classifier are ignored.
+
+    Args:
+        net: a features_only model of timm; its modules may have been renamed from those of the whole model.
+        state: the whole model's state dict, or that of a feature extractor.
+        origin: the file, for messages.
+        model: timm's name of the model, for messages.
+
+    Raises:
+        CheckpointError: keys are missing, shapes differ, or values are not finite.
+    """
+    wanted = net.state_dict()
+    found = {key: _find(key, state) for key in wanted}
+    # Counters of batches only matter to training, and files written by old versions of PyTorch lack them.
+    missing = [key for key, value in found.items() if value is None and not key.endswith("num_batches_tracked")]
+    remedy = f"take the weights of timm's {model}, or choose the backbone these weights belong to"
+    if missing:
+        raise CheckpointError(
+            f"{origin} lacks {len(missing)} of {len(wanted)} tensors of {model}: {_listed(missing)}; {remedy}"
+        )
+    matched = {key: value for key, value in found.items() if value is not None}
+    unlike = [key for key, value in matched.items() if value.shape != wanted[key].shape]
+    if unlike:
+        shapes = (f"{key} {list(matched[key].shape)} instead of {list(wanted[key].shape)}" for key in unlike)
+        raise CheckpointError(
+            f"{origin} has other shapes than {model} for {len(unlike)} tensors: {_listed(shapes)}; {remedy}"
+        )
+    damaged = [key for key, value in matched.items() if not torch.isfinite(value).all()]
+    if damaged:
+        raise CheckpointError(f"{origin} holds NaN or Inf in {_listed(damaged)}; get the file again")
+    net.load_state_dict({**wanted, **matched})
+
+
+def hub_overlay(model: str) -> dict[str, Any]:
+    """Finds out where timm would get the pretrained weights of `model`, without its minutes of retries.
+
+    Returns:
+        Overrides for timm's `pretrained_cfg_overlay`: the cached file if there is one (then the network is not
+        touched), else nothing (then the hub has just answered).
+
+    Raises:
+        BackboneError: there are no pretrained weights, or the hub does not answer and nothing is cached.
+    """
+    import timm
+
+    source = timm.get_pretrained_cfg(model)
+    if source is None or not (source.hf_hub_id or source.url):
+        raise BackboneError(f"timm has no pretrained weights for {model}; {_other_choices()}")
+    # Some models read a format of their own and must find it themselves.
+    if source.hf_hub_id and not source.custom_load:
+        files = (source.hf_hub_filename,) if source.hf_hub_filename else _HUB_FILES
+        cached = _cached_on_disk(source.hf_hub_id, files)
+        if cached is not None:
+            return {"file": cached}
+    try:
+        if source.hf_hub_id:
+            _ask_hub(source.hf_hub_id, source.hf_hub_filename or _HUB_FILES[0])
+        elif isinstance(source.url, str) and not _in_torch_cache(source.url):
+            request = urllib.request.Request(source.url, method="HEAD")
+            urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
+    except Exception as error:
+        raise hub_error(model, error) from error
+    return {}
+
+
+def hub_error(model: str, error: Exception) -> BackboneError:
+    """The one message for a failed download of `model`, naming the other choices."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BackboneError(f"cannot get the pretrained weights of {model} from the hub ({reason}); {_other_choices()}")
+
+
+def _other_choices() -> str:
+    return (
+        "give weights=PATH, a .safetensors or .pth file of this model from another machine, "
+        "or weights=random for untrained features (the backbone `gabor` needs no weights at all)"
+    )
+
+
+def _cached_on_disk(repository: str, files: Iterable[str]) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = repository.partition("@")
+    for file in files:
+        path = try_to_load_from_cache(name, file, revision=revision or None)
+        if isinstance(path, str):
+            return path
+    return None
+
+
+def _in_torch_cache(url: str) -> bool:
+    return (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file()
+
+
+def _ask_hub(repository: str, file: str) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name, _, revision = repository.partition("@")
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision or None), timeout=_HUB_TIMEOUT)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        pass  # the hub answered; timm knows other file names to try
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds Python objects besides tensors, which are not loaded for safety; "
+            "get the file again, or save only the `state_dict()` of the model"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(f"the weights file {path} cannot be read ({reason}); it may be damaged: get it again")
+
+
+def _find(key: str, state: Mapping[str, Tensor]) -> Tensor | None:
+    for name in _names(key):
+        if name in state:
+            return state[name]
+    return None
+
+
+def _names(key: str) -> Iterable[str]:
+    """The names a tensor of a features_only model may have in the whole model.
+
+    timm either nests the whole model as `model` or `body`, or lifts the children of its sequentials to the top and
+    joins the two names with `_`, which may also occur in either name.
+    """
+    yield key
+    head, _, rest = key.partition(".")
+    if head in ("model", "body"):
+        yield rest
+    for position, letter in enumerate(head):
+        if letter == "_":
+            yield f"{head[:position]}.{head[position + 1 :]}.{rest}"
+
+
+def _listed(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    more = f", and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return ", ".join(keys[:_SHOWN_KEYS]) + more

@@ -1,0 +1,172 @@
+"""What can be chosen about a run: frozen dataclasses, checked when made, readable from Python and the command line.
+
+The defaults are the official ones (`--preset official`); `demo_preset` is a short schedule for small textures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+from .flow_spec import ClampForm, FlowSpec, GlobalAffine
+from .ops import MlForm, Reduction
+from .ops.boundary import check_boundary_options
+
+Method = Literal["nfad", "bgad_without", "bgad_dagger", "bgad"]
+
+METHOD_NAMES: dict[str, str] = {
+    "nfad": "NFAD",
+    "bgad_without": "BGAD w/o",
+    "bgad_dagger": "BGAD-dagger",
+    "bgad": "BGAD",
+}
+"""How the paper writes each method."""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The normalizing flow of every level."""
+
+    coupling_layers: int = 8
+    """Coupling layers per level."""
+    condition_channels: int = 128
+    """Channels of the positional condition; 0 trains an unconditional flow."""
+    clamp: float = 1.9
+    """Bound of the log-scale of a coupling layer."""
+    clamp_form: ClampForm = "tanh"
+    """tanh: clamp * tanh(a), as the official code; scaled_tanh: clamp * tanh(a / clamp), as FrEIA since August 2023."""
+    global_affine: GlobalAffine = "SOFTPLUS"
+    """Activation of the global scale, as FrEIA names it."""
+
+    def spec(self, channels: int) -> FlowSpec:
+        """The flow of a level with this many channels."""
+        return FlowSpec(
+            channels, self.condition_channels, self.coupling_layers, self.clamp, self.clamp_form, self.global_affine
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss: maximum likelihood, and from the second phase on the semi-push-pull terms."""
+
+    beta: float = 0.01
+    """The boundary is this fraction's percentile of the normal log-likelihoods."""
+    tau: float = 0.1
+    """Margin between the normal and the anomalous boundary, in units of log-likelihood / normalizer."""
+    lam: float = 1.0
+    """Lambda, the weight of the semi-push-pull terms."""
+    normalizer: float = 10.0
+    """Log-likelihoods are divided by this before they meet the boundary."""
+    ml_form: MlForm = "logsigmoid"
+    """logsigmoid: -log sigmoid(lp), as the official code; nll: the exact negative log-likelihood of the slides."""
+    reduction: Reduction = "mean"
+    """mean over the violating rows of each term, as the official code; sum, as the slides write it."""
+    focal: bool = True
+    """Weight rows by how hard they are, as the official commands do."""
+
+    def __post_init__(self) -> None:
+        check_boundary_options(self.beta, self.tau, self.normalizer)
+        if self.lam < 0:
+            raise ConfigError(f"lam is {self.lam}; the weight of a loss term cannot be negative")
+        for name, value, choices in (("ml_form", self.ml_form, MlForm), ("reduction", self.reduction, Reduction)):
+            if value not in get_args(choices):
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long and how fast to train. A pass sees every training image once; sub_epochs passes make a meta epoch."""
+
+    meta_epochs: int = 25
+    """Meta epochs; the first trains on normal images with maximum likelihood alone."""
+    sub_epochs: int = 8
+    """Passes over the training images per meta epoch."""
+    batch_size: int = 32
+    """Images whose patches are shuffled together."""
+    chunk_rows: int = 4096
+    """Patches per optimiser step; the last chunk of a batch may be smaller, none is dropped."""
+    lr: float = 2e-4
+    """Peak learning rate of Adam."""
+    lr_floor: float = 1e-3
+    """The cosine ends at lr * lr_floor."""
+    warmup_epochs: int = 2
+    """Meta epochs of linear warm-up from lr / 10."""
+    adam_coasting: bool = False
+    """Let levels without a gradient coast on their momentum, as torch 1.x did for the official code."""
+
+    def __post_init__(self) -> None:
+        for name in ("meta_epochs", "sub_epochs", "batch_size", "chunk_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.lr > 0:
+            raise ConfigError(f"lr is {self.lr}; it must be positive")
+        if not 0 <= self.lr_floor <= 1:
+            raise ConfigError(f"lr_floor is {self.lr_floor}; it is a fraction of lr between 0 and 1")
+        if not 0 <= self.warmup_epochs <= self.meta_epochs:
+            raise ConfigError(f"warmup_epochs is {self.warmup_epochs}; it must lie between 0 and {self.meta_epochs}")
+
+
+@dataclass(frozen=True)
+class AnomalyConfig:
+    """How many labelled anomalies are known, and what is made of them."""
+
+    num_anomalies: int = 10
+    """Known anomalies drawn from the test set, which they then leave."""
+    per_type: bool = False
+    """Draw num_anomalies of every defect type instead of in total."""
+    repeat: int = 5
+    """How often a pass sees each known anomaly as it is (repeated utilisation)."""
+    cut_paste: int = 5
+    """How many RandAugment CutPaste images a pass makes from each known anomaly."""
+    refresh: int = 1
+    """Make new CutPaste images every so many passes; the official code does in every pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_anomalies", "repeat", "cut_paste"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if self.refresh < 1:
+            raise ConfigError(f"refresh is {self.refresh}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the outcome of a training run, data and backbone aside."""
+
+    method: Method = "bgad"
+    """nfad: maximum likelihood only; bgad_without: BGAD without anomalies; bgad_dagger: conventional contrastive loss;
+    bgad: the paper's method."""
+    seed: int = 0
+    """Seed of initial weights, known anomalies, shuffling and synthesis."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    anomalies: AnomalyConfig = field(default_factory=AnomalyConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHOD_NAMES:
+            raise ConfigError(f"method is {self.method!r}; choose one of {', '.join(METHOD_NAMES)}")
+
+    @property
+    def uses_anomalies(self) -> bool:
+        """Whether the method trains on labelled anomalies."""
+        return self.method in ("bgad", "bgad_dagger")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, for JSON."""
+        return asdict(self)
+
+
+def demo_preset(method: Method = "bgad", seed: int = 0) -> TrainConfig:
+    """A short schedule with a higher learning rate, for the demo's textures on a CPU."""
+    config = TrainConfig(method=method, seed=seed)
+    return replace(
+        config,
+        schedule=ScheduleConfig(meta_epochs=6, sub_epochs=2, batch_size=8, lr=1e-3, warmup_epochs=1, lr_floor=1e-2),
+        anomalies=AnomalyConfig(refresh=2),
+    )
+
+
+PRESETS = {"official": lambda method="bgad", seed=0: TrainConfig(method=method, seed=seed), "demo": demo_preset}
+"""Named starting points of a configuration."""

@@ -1,0 +1,39 @@
+"""Datasets: folder layouts, splits, loading, anomaly synthesis and the demo set."""
+
+from __future__ import annotations
+
+from .demo import make_demo_dataset
+from .foreground import foreground_mask
+from .images import IMAGE_SUFFIXES, image_size, read_image, read_mask, resize_image, resize_mask
+from .layouts import Category, FolderLayout, Sample, list_categories, open_category
+from .loading import Batch, LoadedSample, SampleImages, load_sample, parse_size, stream_batches
+from .splits import Split, split_known_anomalies
+from .synthesis import AnomalySynthesis, AugmentedAnomalies, rand_augment_cut_paste, repeat_anomalies
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "AnomalySynthesis",
+    "AugmentedAnomalies",
+    "Batch",
+    "Category",
+    "FolderLayout",
+    "LoadedSample",
+    "Sample",
+    "SampleImages",
+    "Split",
+    "foreground_mask",
+    "image_size",
+    "list_categories",
+    "load_sample",
+    "make_demo_dataset",
+    "open_category",
+    "parse_size",
+    "rand_augment_cut_paste",
+    "read_image",
+    "read_mask",
+    "repeat_anomalies",
+    "resize_image",
+    "resize_mask",
+    "split_known_anomalies",
+    "stream_batches",
+]

@@ -1,0 +1,122 @@
+"""Samples as tensors: one at a time, as a PyTorch dataset, or streamed in batches decoded ahead by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import ConfigError, DataError
+from .images import read_image, read_mask, resize_image, resize_mask
+from .layouts import Sample
+
+
+class LoadedSample(NamedTuple):
+    """An image and its mask at the size asked for."""
+
+    image: Tensor  # uint8 [3, h, w]
+    mask: Tensor  # bool [h, w]; all False for a normal image
+
+
+class Batch(NamedTuple):
+    """Images, masks and the samples they come from, in the same order."""
+
+    images: Tensor  # uint8 [B, 3, h, w]
+    masks: Tensor  # bool [B, h, w]
+    samples: list[Sample]
+
+
+def parse_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels from one number (a square) or two; raises `ConfigError` for anything else."""
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
+        raise ConfigError(f"the image size is {size!r}; give one positive number of pixels, or height and width")
+    return sides
+
+
+def load_sample(sample: Sample, size: tuple[int, int]) -> LoadedSample:
+    """Reads a sample and resizes it to `size` (height, width); see `read_image`, `read_mask`, `resize_image`.
+
+    Raises:
+        DataError: a file cannot be used, the mask has another size than its image, or an anomalous sample has none.
+    """
+    image = read_image(sample.image)
+    if sample.label == 0:
+        mask = np.zeros(size, dtype=bool)
+    elif sample.mask is None:
+        raise DataError(f"the anomalous image {sample.image} has no mask; add one to the dataset")
+    else:
+        full_mask = read_mask(sample.mask)
+        if full_mask.shape != image.shape[:2]:
+            raise DataError(
+                f"the mask {sample.mask} is {full_mask.shape[1]} x {full_mask.shape[0]} pixels but its image is "
+                f"{image.shape[1]} x {image.shape[0]}; draw it at the image's size"
+            )
+        mask = resize_mask(full_mask, size)
+    pixels = np.ascontiguousarray(resize_image(image, size).transpose(2, 0, 1))
+    return LoadedSample(torch.from_numpy(pixels), torch.from_numpy(mask))
+
+
+class SampleImages(Dataset[LoadedSample]):
+    """`load_sample` over a list of samples, for `torch.utils.data.DataLoader`."""
+
+    def __init__(self, samples: Sequence[Sample], size: int | Sequence[int]) -> None:
+        self.samples = tuple(samples)
+        self.size = parse_size(size)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> LoadedSample:
+        return load_sample(self.samples[index], self.size)
+
+
+def stream_batches(
+    samples: Sequence[Sample], size: int | Sequence[int], batch_size: int, workers: int = 0
+) -> Iterator[Batch]:
+    """Yields the samples in their order, `batch_size` at a time; the last batch may be smaller.
+
+    With `workers` threads at most `batch_size + workers` images beyond the current batch are decoded ahead, so memory
+    does not grow with the number of samples. The first file that cannot be used ends the stream with its `DataError`.
+
+    Raises:
+        ConfigError: `size`, `batch_size` or `workers` cannot work.
+        DataError: as `load_sample`.
+    """
+    if batch_size < 1 or workers < 0:
+        raise ConfigError(f"batch_size is {batch_size} and workers {workers}; give at least 1 and 0")
+    height_width = parse_size(size)
+    loaded = _load_ahead(samples, height_width, batch_size + workers, workers)
+    return _batches(samples, loaded, batch_size)
+
+
+def _batches(samples: Sequence[Sample], loaded: Iterator[LoadedSample], batch_size: int) -> Iterator[Batch]:
+    for start in range(0, len(samples), batch_size):
+        part = list(islice(loaded, batch_size))
+        images = torch.stack([item.image for item in part])
+        yield Batch(images, torch.stack([item.mask for item in part]), list(samples[start : start + batch_size]))
+
+
+def _load_ahead(samples: Sequence[Sample], size: tuple[int, int], ahead: int, workers: int) -> Iterator[LoadedSample]:
+    if workers == 0:
+        yield from (load_sample(sample, size) for sample in samples)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="fastbgad-images")
+    try:
+        waiting: deque[Future[LoadedSample]] = deque()
+        for sample in samples:
+            waiting.append(pool.submit(load_sample, sample, size))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Reached as well when the consumer stops early or a file is bad: nothing more is decoded then.
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,264 @@
+"""Scores for files: a stream of images in, a CSV line and a map per image out, in memory that does not grow."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .data import IMAGE_SUFFIXES, read_image, resize_image
+from .errors import ConfigError, DataError, OutputError
+from .files import make_folder, write_json, write_with
+from .model import BGAD, Prediction
+from .plots import decision_contour, heat_overlay
+
+MapFormat = Literal["overlay", "png16", "npy", "none"]
+
+CSV_FILE = "scores.csv"
+SCALE_FILE = "maps.json"
+COLUMNS = ("image", "score", "decision", "anomalous_area", "map", "error")
+DECISIONS = ("normal", "margin", "anomalous")
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What a call of `predict_files` did."""
+
+    scored: int
+    skipped: int  # already in the CSV of an earlier call
+    failed: tuple[str, ...]  # one message per image that could not be read
+
+
+def find_images(patterns: Sequence[str | Path]) -> list[Path]:
+    """The images that files, folders (searched recursively) and globs name, each once, in a stable order.
+
+    Raises:
+        DataError: a name that matches nothing, or a folder without images.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not images:
+                raise DataError(f"the folder {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        elif path.is_file():
+            images = [path]
+        else:
+            images = [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True)) if Path(p).is_file()]
+            if not images:
+                raise DataError(f"{pattern} is no file, no folder and matches nothing; check the path")
+        found |= dict.fromkeys(images)
+    return list(found)
+
+
+def predict_files(
+    model: BGAD,
+    images: Sequence[Path],
+    out: str | Path,
+    *,
+    maps: MapFormat = "overlay",
+    resume: bool = False,
+    batch_size: int = 8,
+    workers: int = 2,
+    on_images: Callable[[int], None] | None = None,
+) -> PredictionSummary:
+    """Scores image files and writes `scores.csv` and one map per image.
+
+    A CSV line is written and flushed as soon as its batch is done, after the maps it names, so whatever happens the
+    CSV tells only of finished images. An image that cannot be read gets a line with its error; the others go on.
+
+    Args:
+        model: a trained model.
+        images: files, as from `find_images`.
+        out: folder for the CSV and the maps.
+        maps: "overlay": heat over the image, the decision outlined (PNG, at the image's own size); "png16": the raw
+            map as 16-bit PNG, scaled as `maps.json` says; "npy": the raw float32 map; "none".
+        resume: keep an existing CSV and leave out the images it lists without an error.
+        batch_size: images that go through the model together.
+        workers: threads that decode images and write maps.
+        on_images: called with the number of images of every finished batch.
+
+    Raises:
+        OutputError: `out` cannot be written, or holds a CSV and `resume` is false.
+    """
+    if maps not in get_args(MapFormat):
+        raise ConfigError(f"maps is {maps!r}; choose one of {', '.join(get_args(MapFormat))}")
+    if batch_size < 1 or workers < 1:
+        raise ConfigError(f"batch_size is {batch_size} and workers {workers}; both must be at least 1")
+    folder = make_folder(out)
+    table = folder / CSV_FILE
+    if table.exists() and not resume:
+        raise OutputError(f"{table} exists already; choose another folder, or --resume to score only what it lacks")
+    finished = _finished(table) if resume else set()
+    waiting = [path for path in images if str(path) not in finished]
+    low, high = _map_range(model)
+    if maps == "png16":
+        write_json(folder / SCALE_FILE, {"score": "low + (high - low) * value / 65535", "low": low, "high": high})
+    names = _map_names(images)
+    failed: list[str] = []
+    scored = 0
+    with ThreadPoolExecutor(workers, thread_name_prefix="fastbgad-predict") as pool, _CsvWriter(table) as rows:
+        for batch in _batches(waiting, batch_size, pool):
+            good = [(path, image) for path, image in batch if not isinstance(image, DataError)]
+            lines = []
+            if good:
+                resized = [resize_image(image, model.image_size) for _, image in good]
+                stacked = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+                prediction = _to_cpu(model.predict(stacked))
+                jobs = [
+                    pool.submit(_write_map, folder, names[path], maps, image, prediction, i, (low, high))
+                    for i, (path, image) in enumerate(good)
+                ]
+                written = [job.result() for job in jobs]
+                lines += [_line(path, prediction, i, written[i]) for i, (path, _) in enumerate(good)]
+                scored += len(good)
+            for path, error in batch:
+                if isinstance(error, DataError):
+                    failed.append(str(error))
+                    lines.append([str(path), "", "", "", "", str(error)])
+            rows.write(lines)
+            if on_images is not None:
+                on_images(len(batch))
+    return PredictionSummary(scored, len(images) - len(waiting), tuple(failed))
+
+
+def _batches(
+    paths: Sequence[Path], batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[Path, np.ndarray | DataError]]]:
+    """Decoded images, one batch ahead of the model; an unreadable image is its error."""
+
+    def read(path: Path) -> np.ndarray | DataError:
+        try:
+            return read_image(path)
+        except DataError as error:
+            return error
+
+    remaining = iter(paths)
+    ahead = [(path, pool.submit(read, path)) for path in islice(remaining, batch_size)]
+    while ahead:
+        current = ahead
+        ahead = [(path, pool.submit(read, path)) for path in islice(remaining, batch_size)]
+        yield [(path, job.result()) for path, job in current]
+
+
+def _line(path: Path, prediction: Prediction, i: int, map_name: str) -> list[str]:
+    area = float((prediction.decision[i] == 2).float().mean())
+    score = float(prediction.image_score[i])
+    return [str(path), f"{score:.7g}", DECISIONS[int(prediction.image_side[i])], f"{area:.6f}", map_name, ""]
+
+
+def _write_map(
+    folder: Path,
+    name: str,
+    kind: MapFormat,
+    image: np.ndarray,
+    prediction: Prediction,
+    i: int,
+    scale: tuple[float, float],
+) -> str:
+    """Writes one map and returns its path within the folder, "" for none."""
+    if kind == "none":
+        return ""
+    anomaly_map, decision = prediction.anomaly_map[i].numpy(), prediction.decision[i].numpy()
+    low, high = scale
+    relative = Path("maps") / f"{name}.{'npy' if kind == 'npy' else 'png'}"
+    target = folder / relative
+    if kind == "npy":
+        write_with(target, lambda path: np.save(path, anomaly_map))
+    elif kind == "png16":
+        values = np.round(np.clip((anomaly_map - low) / (high - low), 0, 1) * 65535).astype(np.uint16)
+        write_with(target, lambda path: Image.fromarray(values).save(path))
+    else:
+        height, width = image.shape[:2]
+        large = np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
+        sides = np.asarray(Image.fromarray(decision).resize((width, height), Image.Resampling.NEAREST))
+        # Colour begins at the normal boundary: what lies on its normal side stays as photographed.
+        picture = decision_contour(heat_overlay(image, large, low, high), sides)
+        write_with(target, lambda path: Image.fromarray(picture).save(path))
+    return str(relative)
+
+
+def _map_range(model: BGAD) -> tuple[float, float]:
+    """The scores at both ends of a map's scale: 0 and the highest possible, the calibration's offset."""
+    return 0.0, max(float(model.offset), 1e-6)
+
+
+def _map_names(images: Sequence[Path]) -> dict[Path, str]:
+    """A file name per image: its stem, or its whole path with the separators replaced where stems collide."""
+    stems: dict[str, int] = {}
+    for path in images:
+        stems[path.stem] = stems.get(path.stem, 0) + 1
+    return {
+        path: path.stem
+        if stems[path.stem] == 1
+        else "_".join(path.with_suffix("").parts).replace(os.sep, "").strip("_")
+        for path in images
+    }
+
+
+def _finished(table: Path) -> set[str]:
+    """The images that an earlier call finished; a last line cut short by a crash does not count."""
+    if not table.exists():
+        return set()
+    with table.open(newline="", encoding="utf-8") as file:
+        return {row["image"] for row in csv.DictReader(file) if row["map"] is not None and row["error"] == ""}
+
+
+def _to_cpu(prediction: Prediction) -> Prediction:
+    score, side, anomaly_map, decision, levels, patches = prediction
+    return Prediction(
+        score.cpu(),
+        side.cpu(),
+        anomaly_map.cpu(),
+        decision.cpu(),
+        tuple(lp.cpu() for lp in levels),
+        tuple(patch.cpu() for patch in patches),
+    )
+
+
+class _CsvWriter:
+    """Appends whole lines, flushed, so that a reader (or a crash) never finds half of one but at the very end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> _CsvWriter:
+        try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+            # A line that a crash cut short is dropped before anything is appended to it.
+            whole = content[: content.rfind(b"\n") + 1]
+            self.file = self.path.open("r+b" if content else "wb")
+            self.file.truncate(len(whole))
+            self.file.seek(len(whole))
+        except OSError as error:
+            raise self._error(error) from error
+        if not whole:
+            self.write([list(COLUMNS)])
+        return self
+
+    def write(self, lines: Sequence[Sequence[str]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        try:
+            self.file.write(text.getvalue().encode())
+            self.file.flush()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def _error(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write {self.path}: {error.strerror}; free some space or choose another folder")

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastbgad.data import foreground_mask, image_size, read_image, read_mask, resize_image, resize_mask
+from fastbgad.data.foreground import otsu_threshold
+from fastbgad.errors import DataError
+from tests.make_data import save
+
+RNG_SEED = 3
+TALL = (40, 24)  # height, width: not square, so that exchanged axes are noticed
+
+
+@pytest.fixture
+def rgb() -> np.ndarray:
+    return np.random.default_rng(RNG_SEED).integers(0, 256, (*TALL, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def grey() -> np.ndarray:
+    return np.random.default_rng(RNG_SEED).integers(0, 256, TALL, dtype=np.uint8)
+
+
+def refuses(read, path: Path, *words: str) -> None:
+    """`read(path)` raises a DataError that names the file and every word."""
+    with pytest.raises(DataError, match=re.escape(str(path))) as caught:
+        read(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp"])
+def test_rgb_is_read_exactly(tmp_path, rgb, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(rgb).save(path, lossless=True)
+    np.testing.assert_array_equal(read_image(path), rgb)
+    assert image_size(path) == TALL
+
+
+def test_greyscale_is_repeated(tmp_path, grey):
+    image = read_image(save(tmp_path / "a.png", grey))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.stack([grey] * 3, axis=2))
+
+
+def test_alpha_is_dropped_and_colours_are_kept(tmp_path, rgb, grey):
+    alpha = np.concatenate([rgb, grey[:, :, None]], axis=2)
+    alpha[:5, :, 3] = 0
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", alpha)), rgb)
+
+
+def test_palette_is_looked_up(tmp_path, grey):
+    indexed = Image.fromarray(grey % 4, mode="P")
+    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 150, 7], [1, 2, 255]], np.uint8)
+    indexed.putpalette(colours.ravel().tolist())
+    indexed.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours[grey % 4])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, grey, name):
+    image = read_image(save(tmp_path / name, grey.astype(np.uint16) * 257))
+    np.testing.assert_array_equal(image[:, :, 0], grey)
+
+
+def test_32_bit_integers_are_scaled_like_16_bits(tmp_path, grey):
+    path = save(tmp_path / "a.tif", grey.astype(np.int32) * 257)
+    np.testing.assert_array_equal(read_image(path)[:, :, 1], grey)
+    refuses(read_image, save(tmp_path / "b.tif", grey.astype(np.int32) * 257 + 70000), "outside 0..65535")
+    refuses(read_image, save(tmp_path / "c.tif", grey.astype(np.int32) - 300), "outside 0..65535")
+
+
+def test_floats_must_lie_in_the_unit_interval(tmp_path, grey):
+    path = save(tmp_path / "a.tif", (grey / 255).astype(np.float32))
+    np.testing.assert_array_equal(read_image(path)[:, :, 2], grey)
+    refuses(read_image, save(tmp_path / "b.tif", grey.astype(np.float32)), "outside 0..1")
+    broken = (grey / 255).astype(np.float32)
+    broken[0, 0] = np.nan
+    refuses(read_image, save(tmp_path / "c.tif", broken), "nan")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    # The upper left quarter of the upright scene is white; each orientation tag undoes one stored arrangement.
+    upright = np.zeros((32, 16, 3), np.uint8)
+    upright[:16, :8] = 255
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=95)
+    image = read_image(path)
+    assert image.shape == upright.shape
+    np.testing.assert_array_equal(image > 127, upright > 127)
+    assert image_size(path) == (32, 16)
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask, image_size])
+def test_missing_and_empty_files_are_named(tmp_path, read):
+    refuses(read, tmp_path / "gone.png", "does not exist", "check the path")
+    (tmp_path / "empty.png").touch()
+    refuses(read, tmp_path / "empty.png", "0 bytes", "copy it again")
+    (tmp_path / "text.png").write_text("not an image at all")
+    refuses(read, tmp_path / "text.png", "not an image")
+    refuses(read, tmp_path, "check the path")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+def test_truncated_files_are_named(tmp_path, rgb, suffix):
+    path = save(tmp_path / f"a{suffix}", np.tile(rgb, (4, 4, 1)))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    refuses(read_image, path, "export it again")
+
+
+def test_flipped_bytes_in_a_png_are_noticed(tmp_path, rgb):
+    path = save(tmp_path / "a.png", rgb)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    refuses(read_image, path, "damaged")
+
+
+def test_decompression_bomb_is_refused(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
+    refuses(read_image, path, "too large")
+    refuses(image_size, path, "too large")
+
+
+@pytest.mark.parametrize("value", [1, 128, 255])
+def test_masks_of_two_values(tmp_path, grey, value):
+    expected = grey > 100
+    for name, pixels in {
+        "L.png": expected.astype(np.uint8) * value,
+        "RGB.png": np.stack([expected.astype(np.uint8) * value] * 3, axis=2),
+        "16.png": expected.astype(np.uint16) * value,
+        "F.tif": expected.astype(np.float32) * value,
+    }.items():
+        mask = read_mask(save(tmp_path / name, pixels))
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_masks_of_one_bit_and_with_a_reversed_palette(tmp_path, grey):
+    expected = grey > 100
+    Image.fromarray(expected).save(tmp_path / "bit.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "bit.png"), expected)
+    # Index 0 is white here: the colours count, not the indices.
+    indexed = Image.fromarray((~expected).astype(np.uint8), mode="P")
+    indexed.putpalette([255, 255, 255, 0, 0, 0])
+    indexed.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), expected)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_of_one_value(tmp_path, value):
+    mask = read_mask(save(tmp_path / "a.png", np.full(TALL, value, np.uint8)))
+    assert mask.shape == TALL
+    assert mask.all() == mask.any() == bool(value)
+
+
+def test_mask_with_three_values_is_refused(tmp_path):
+    pixels = np.zeros(TALL, np.uint8)
+    pixels[5:9], pixels[9] = 255, 128
+    refuses(read_mask, save(tmp_path / "a.png", pixels), "3 different values", "0, 128, 255", "threshold")
+    coloured = np.zeros((*TALL, 3), np.uint8)
+    coloured[5:9], coloured[9] = (255, 0, 0), (0, 255, 0)
+    refuses(read_mask, save(tmp_path / "b.png", coloured), "3 different values", "#ff0000")
+    pixels[pixels == 0] = 7
+    refuses(read_mask, save(tmp_path / "c.png", pixels), "7, 128, 255")
+
+
+def test_resized_images_are_antialiased_and_masks_stay_binary(rgb, grey):
+    stripes = np.zeros((60, 60, 3), np.uint8)
+    stripes[::3] = 255
+    # Without antialiasing a reduction by 3 reads the middle one of every three rows, which is black.
+    assert np.abs(resize_image(stripes, (20, 20))[2:-2].astype(int) - 85).max() < 20
+    assert resize_image(rgb, (33, 50)).shape == (33, 50, 3)
+    assert resize_image(rgb, TALL) is rgb
+    mask = resize_mask(grey > 100, (31, 57))
+    assert mask.shape == (31, 57)
+    assert mask.dtype == bool
+    doubled = resize_mask(grey > 100, (80, 48))
+    np.testing.assert_array_equal(doubled, np.kron(grey > 100, np.ones((2, 2), bool)))
+    np.testing.assert_array_equal(resize_mask(doubled.repeat(3, 0), TALL), grey > 100)
+    single = np.zeros((9, 9), bool)
+    single[4, 4] = True  # the middle of its 3 x 3 neighbours, so the nearest pixel keeps it and a mean would not
+    np.testing.assert_array_equal(resize_mask(single, (3, 3)), single[1::3, 1::3])
+
+
+def test_foreground_of_an_object_is_found_with_its_hole_filled():
+    rng = np.random.default_rng(RNG_SEED)
+    y, x = np.mgrid[:120, :160]
+    disc = np.hypot(y - 60, x - 80) < 40
+    ring = disc & (np.hypot(y - 60, x - 80) > 12)
+    image = np.where(ring[:, :, None], np.array([120, 60, 40]), np.array([210, 215, 205]))
+    image = np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
+    found = foreground_mask(image)
+    assert found.shape == (120, 160)
+    assert (found & disc).sum() / (found | disc).sum() > 0.95
+
+
+def test_foreground_of_an_object_that_leaves_the_frame():
+    rng = np.random.default_rng(RNG_SEED)
+    image = np.full((100, 100, 3), 30)
+    image[:, 35:65] = 180  # a vertical strip, as a zipper
+    image = np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
+    found = foreground_mask(image)
+    assert found[:, 38:62].all()
+    assert not found[:, :30].any()
+    assert not found[:, 70:].any()
+
+
+@pytest.mark.parametrize("deviation", [0, 3, 12, 60])
+def test_textures_are_all_foreground(deviation):
+    rng = np.random.default_rng(RNG_SEED)
+    image = np.clip(rng.normal(128, deviation, (96, 96, 3)), 0, 255).astype(np.uint8)
+    assert foreground_mask(image).all()
+
+
+@pytest.mark.parametrize("period", [20, 32])
+def test_mortar_between_bricks_is_no_object(period):
+    rng = np.random.default_rng(RNG_SEED)
+    y, x = np.mgrid[:160, :160]
+    mortar = (y % period < 4) | ((x + period * (y // period % 2)) % (2 * period) < 4)
+    image = np.clip(np.where(mortar, 170, 90)[:, :, None] + rng.normal(0, 4, (160, 160, 3)), 0, 255).astype(np.uint8)
+    assert foreground_mask(image).all()
+
+
+def test_a_speck_is_too_small_to_be_the_foreground():
+    image = np.full((100, 100, 3), 200, np.uint8)
+    image[50:54, 50:54] = 0
+    assert foreground_mask(image).all()
+
+
+def test_otsu_threshold_separates_two_modes():
+    rng = np.random.default_rng(RNG_SEED)
+    values = np.concatenate([rng.normal(20, 3, 5000), rng.normal(90, 5, 2000)])
+    threshold = otsu_threshold(values)
+    assert 35 < threshold < 75
+    # Brute force over all cuts between the values: none does better by more than the width of a bin.
+    cuts = np.linspace(values.min(), values.max(), 400)[1:-1]
+    within = [
+        values[values <= c].var() * (values <= c).mean() + values[values > c].var() * (values > c).mean() for c in cuts
+    ]
+    best = values[values <= threshold].var() * (values <= threshold).mean()
+    best += values[values > threshold].var() * (values > threshold).mean()
+    assert best <= min(within) * (1 + 1e-3)
