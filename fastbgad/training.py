@@ -182,7 +182,9 @@ class TrainingRun:
                 self._train_pass(interrupted)
         self._calibrate()
         if self.run_dir is not None:
-            self.model.save(self.run_dir / MODEL_FILE, {"config": self.config.as_dict(), "passes": self.history})
+            known = self.identity()["known_anomalies"]
+            history = {"config": self.config.as_dict(), "passes": self.history, "known_anomalies": known}
+            self.model.save(self.run_dir / MODEL_FILE, history)
         return FitResult(self.history, time.perf_counter() - started, feature_seconds)
 
     def _train_pass(self, interrupted: threading.Event) -> None:

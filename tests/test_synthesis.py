@@ -22,12 +22,6 @@ from fastbgad.errors import ConfigError, DataError
 from tests.make_data import make_mvtec, save
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """These tensors are tiny: a second thread would only wait for the first."""
-    torch.set_num_threads(1)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -1,0 +1,37 @@
+"""`python -m fastbgad` and the `fastbgad` script."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from .errors import FastBGADError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for wrong input or configuration, 130 after Ctrl-C."""
+    # Imported late: Ctrl-C and a missing extra during the imports get their message too.
+    try:
+        from . import commands
+        from .cli import parse
+        from .training import InterruptedTraining
+    except FastBGADError as error:
+        print(f"fastbgad: {error}", file=sys.stderr)
+        return 2
+    warnings.formatwarning = lambda message, *_, **__: f"fastbgad: warning: {message}\n"
+    try:
+        return commands.run(parse(sys.argv[1:] if arguments is None else arguments))
+    except InterruptedTraining as interruption:
+        print(f"\nfastbgad: {interruption}", file=sys.stderr)
+        return 130
+    except FastBGADError as error:
+        print(f"fastbgad: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastbgad: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The command line: `fastbgad demo | train | evaluate | predict | info`.
+
+Every command is a frozen dataclass; tyro turns its fields into options and its comments into help. What a command
+does stands in `fastbgad.commands`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+from .config import PRESETS, Method, TrainConfig
+from .errors import MissingDependencyError
+from .evaluation import CalibrationName
+from .features import Placement
+from .ops import Impl
+from .prediction import MapFormat
+
+try:
+    import tyro
+except ImportError as error:
+    raise MissingDependencyError("tyro", "report", "the command line") from error
+
+Preset = Literal["official", "demo"]
+Check = Literal["full", "quick", "none"]
+Layout = Literal["auto", "mvtec", "btad", "folder"]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train NFAD and BGAD on photographs of brick, grass and gravel with drawn defects, and write a report.
+
+    Needs no download and less than four minutes on two cores. A demo that was interrupted goes on where it stopped.
+
+    Example: fastbgad demo --out runs/demo
+    """
+
+    out: Path = Path("runs/demo")
+    """Folder for the data, the runs and the report."""
+    categories: tuple[str, ...] = ("brick", "grass", "gravel")
+    """Which textures."""
+    methods: tuple[Method, ...] = ("nfad", "bgad")
+    """Which methods, in the order of the report's columns."""
+    seed: int = 0
+    """Seed of the data, the known anomalies and the training."""
+    num_anomalies: int = 10
+    """Known anomalies; taken out of the test set for every method alike."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a detector on one category, evaluate it, and write a report.
+
+    Examples:
+
+    fastbgad train --data mvtec --category screw --out runs/screw
+
+    fastbgad train --data photos --backbone gabor --preset demo --out runs/photos
+
+    fastbgad train --data mvtec --category screw --out runs/screw --resume
+
+    Layouts: MVTec AD (CATEGORY/train/good, test/TYPE, ground_truth/TYPE), BTAD (CATEGORY/train/ok, test/ko,
+    ground_truth/ko), or a plain folder with normal/, anomalous/ and masks/.
+    """
+
+    data: Path
+    """Folder of the dataset or of one category."""
+    out: Path
+    """Run folder: configuration, log, checkpoints, metrics and report go there."""
+    category: str | None = None
+    """Name of the category; may be left out where there is only one."""
+    layout: Layout = "auto"
+    """How the folders are laid out."""
+    check: Check = "full"
+    """How thoroughly the dataset is checked first: full decodes every image."""
+    types: tuple[str, ...] = ()
+    """Draw known anomalies only from these defect types; all if empty."""
+    backbone: str = "tf_efficientnet_b6.aa_in1k"
+    """gabor (built in, needs no download) or any timm model with feature maps."""
+    weights: str = "pretrained"
+    """pretrained (from the hub), random, or a local .safetensors, .pth or .pt file."""
+    levels: tuple[int, ...] = (1, 2, 3)
+    """Feature levels, in timm's numbering."""
+    image_size: tuple[int, int] = (256, 256)
+    """Height and width in pixels that images are resized to."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the backbone."""
+    compile: bool = False
+    """Run the backbone through torch.compile."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    impl: Impl = "auto"
+    """Implementation of the operations; auto takes the fastest there is."""
+    placement: Placement = "auto"
+    """Where extracted features are kept."""
+    workers: int = 2
+    """Threads that decode images."""
+    resume: bool = False
+    """Continue the run in --out, bit for bit on the same machine."""
+    report: bool = True
+    """Write report.html."""
+    preset: Preset = "official"
+    """Defaults of everything below: the paper's schedule, or a short one. Use --preset demo --help to see those."""
+    training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained model on a category's test images; anomalies it was trained on are left out.
+
+    fastbgad evaluate --model runs/screw/model.safetensors --data mvtec --category screw
+    """
+
+    model: Path
+    """A model.safetensors that train wrote."""
+    data: Path
+    """Folder of the dataset or of one category."""
+    category: str | None = None
+    """Name of the category; may be left out where there is only one."""
+    layout: Layout = "auto"
+    """How the folders are laid out."""
+    check: Check = "full"
+    """How thoroughly the dataset is checked first."""
+    calibration: CalibrationName = "training"
+    """training: constants of the model; official: maxima over this test set, as the official code has it."""
+    pro_limit: float = 0.3
+    """Largest false-positive rate of the AUPRO integral."""
+    official_pro: bool = False
+    """Also compute PRO as the official code does: 1000 thresholds, rescaled, holes filled."""
+    out: Path | None = None
+    """Folder for metrics.json and report.html; without it the figures are only printed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Threads that decode images."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Score images with a trained model: a CSV line and an anomaly map per image, streamed.
+
+    fastbgad predict --model runs/screw/model.safetensors --out scores photos/ 'more/**/*.png'
+    """
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively) or quoted globs."""
+    model: Path
+    """A model.safetensors that train wrote."""
+    out: Path
+    """Folder for scores.csv and maps/."""
+    maps: MapFormat = "overlay"
+    """overlay: heat over the image (PNG); png16: raw map, 16 bits, scale in maps.json; npy: raw float32; none."""
+    resume: bool = False
+    """Keep an existing scores.csv and score only the images it lacks."""
+    batch_size: int = 8
+    """Images that go through the model together."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Threads that decode images and write maps."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show versions, machine and, if one is given, what a model file holds."""
+
+    model: Path | None = None
+    """A model.safetensors that train wrote."""
+
+
+Command = Demo | Train | Evaluate | Predict | Info
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command that the arguments ask for; prints help or usage errors itself and then raises SystemExit."""
+    preset = _preset(arguments)
+    train = Train(data=tyro.MISSING, out=tyro.MISSING, preset=preset, training=PRESETS[preset]())
+    commands = (
+        Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Info, tyro.conf.subcommand("info")]
+    )
+    command: Any = tyro.cli(
+        commands,
+        prog="fastbgad",
+        description="Boundary-guided anomaly detection (BGAD, CVPR 2023), fast and checked.",
+        args=list(arguments),
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    return command
+
+
+def _preset(arguments: Sequence[str]) -> Preset:
+    """The value of --preset, needed before parsing: it decides the defaults that --help shows."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--preset":
+            value = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
+            if value in get_args(Preset):
+                return cast(Preset, value)
+    return "official"

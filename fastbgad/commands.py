@@ -1,0 +1,286 @@
+"""What each command does: opens its input, calls the library, prints and writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import console
+from .backbones import create_backbone
+from .cli import Command, Demo, Evaluate, Info, Predict, Train
+from .config import METHOD_NAMES, TrainConfig, demo_preset
+from .data import Sample, Split, make_demo_dataset, open_category, split_known_anomalies
+from .environment import choose_device, machine, versions
+from .errors import ConfigError
+from .evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
+from .files import make_folder, write_json
+from .metrics import official_pro
+from .model import BGAD
+from .prediction import find_images, predict_files
+from .report import RunReport, write_report
+from .training import MODEL_FILE, STATE_FILE, FitResult, fit
+
+METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.html"
+DEMO_IMAGE_SIZE = 256
+_COLUMNS = ("image AUROC", "pixel AUROC", "AUPRO")
+
+
+@singledispatch
+def run(command: Command) -> int:
+    """Carries out a command of `fastbgad.cli`; returns its exit code."""
+    raise TypeError(f"no such command: {command!r}")
+
+
+# -------------------------------------------------------------------- train
+
+
+@run.register
+def _train(command: Train) -> int:
+    config = command.training
+    category = open_category(command.data, command.category, command.layout, command.check)
+    wanted = config.anomalies.num_anomalies if config.uses_anomalies else 0
+    split = split_known_anomalies(category, wanted, config.anomalies.per_type, config.seed, command.types or None)
+    device = choose_device(command.device)
+    options: dict[str, Any] = {}
+    if command.backbone != "gabor":
+        options = {
+            "weights": command.weights,
+            "seed": config.seed,
+            "dtype": command.dtype,
+            "compile": command.compile,
+        }
+    backbone = create_backbone(command.backbone, command.levels, **options).to(device)
+    model = BGAD(
+        backbone,
+        command.image_size,
+        flow=config.flow,
+        normalizer=config.loss.normalizer,
+        seed=config.seed,
+        impl=command.impl,
+    ).to(device)
+    print(
+        f"{category.name}: {len(split.normals)} normal images, {len(split.known_anomalies)} known anomalies, "
+        f"{len(split.test)} test images; {METHOD_NAMES[config.method]} on {device}"
+    )
+    with console.training_bar(category.name) as on_progress:
+        result = fit(
+            model,
+            split,
+            config,
+            run_dir=command.out,
+            resume=command.resume,
+            placement=command.placement,
+            workers=command.workers,
+            on_progress=on_progress,
+        )
+    evaluation = _evaluate_with_bar(category.name, model, split.test, command.workers)
+    _write_metrics(command.out, model, evaluation, result)
+    _print_metrics([(category.name, METHOD_NAMES[config.method], evaluation)])
+    if command.report:
+        run_ = _report_of(category.name, config, model, evaluation, result)
+        write_report(command.out / REPORT_FILE, [run_], f"{category.name}: {METHOD_NAMES[config.method]}")
+        print(f"report: {command.out / REPORT_FILE}")
+    print(f"model:  {command.out / MODEL_FILE}")
+    return 0
+
+
+def _evaluate_with_bar(title: str, model: BGAD, samples: Sequence[Sample], workers: int, **options: Any) -> Evaluation:
+    with console.image_bar(f"{title} · test", len(samples)) as on_images:
+        return evaluate_model(model, samples, workers=workers, on_images=on_images, **options)
+
+
+def _write_metrics(folder: Path, model: BGAD, evaluation: Evaluation, result: FitResult | None = None) -> None:
+    content = {**metrics_dict(evaluation.metrics), **false_alarms(model, evaluation)}
+    if result is not None:
+        content |= {"seconds": result.seconds, "feature_seconds": result.feature_seconds}
+    write_json(folder / METRICS_FILE, {**content, "machine": machine(), "versions": versions()})
+
+
+def _print_metrics(rows: Sequence[tuple[str, str, Evaluation]]) -> None:
+    console.print_table(
+        "Test images",
+        ("category", "method", *_COLUMNS),
+        [(category, method, *_figures(evaluation)) for category, method, evaluation in rows],
+    )
+
+
+def _figures(evaluation: Evaluation) -> tuple[float, float, float]:
+    metrics = evaluation.metrics
+    return metrics.image_auroc, metrics.pixel_auroc, metrics.aupro
+
+
+def _report_of(category: str, config: TrainConfig, model: BGAD, evaluation: Evaluation, result: FitResult) -> RunReport:
+    return run_report(
+        category,
+        METHOD_NAMES[config.method],
+        model,
+        evaluation,
+        history=result.history,
+        seconds=result.seconds,
+        config={"architecture": model.architecture(), "training": config.as_dict(), "machine": machine()},
+        versions=versions(),
+    )
+
+
+# -------------------------------------------------------------------- demo
+
+
+@run.register
+def _demo(command: Demo) -> int:
+    started = time.perf_counter()
+    out, device = make_folder(command.out), choose_device(command.device)
+    known = make_demo_dataset(out / "data", seed=command.seed)
+    if not command.categories or not command.methods:
+        raise ConfigError("give at least one category and one method, or leave the options out")
+    for name in command.categories:
+        if name not in known:
+            raise ConfigError(f"the demo has no category {name!r}; choose from {', '.join(known)}")
+    print(f"data: {out / 'data'} ({time.perf_counter() - started:.0f} s)", flush=True)
+    rows, reports = [], []
+    for name in command.categories:
+        # One split for all methods: the test set must not depend on whether a method uses the known anomalies.
+        category = open_category(out / "data", name)
+        split = split_known_anomalies(category, command.num_anomalies, seed=command.seed)
+        for method in command.methods:
+            config = demo_preset(method, command.seed)
+            config = replace(config, anomalies=replace(config.anomalies, num_anomalies=command.num_anomalies))
+            model, evaluation, result = _demo_run(name, split, config, out / name / method, device)
+            rows.append((name, METHOD_NAMES[method], evaluation))
+            reports.append(_report_of(name, config, model, evaluation, result))
+    write_report(out / REPORT_FILE, reports, "BGAD on brick, grass and gravel")
+    _print_demo(rows, [METHOD_NAMES[method] for method in command.methods])
+    print(f"report: {out / REPORT_FILE}\ntotal: {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _demo_run(
+    name: str, split: Split, config: TrainConfig, folder: Path, device: torch.device
+) -> tuple[BGAD, Evaluation, FitResult]:
+    """One method on one texture. A run that stopped half-way is taken up; a finished one is loaded."""
+    method = METHOD_NAMES[config.method]
+    backbone = create_backbone("gabor").to(device)
+    size = (DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE)
+    model = BGAD(backbone, size, flow=config.flow, normalizer=config.loss.normalizer, seed=config.seed).to(device)
+    resume = (folder / STATE_FILE).is_file()
+    with console.training_bar(f"{name} · {method}") as on_progress:
+        result = fit(model, split, config, run_dir=folder, resume=resume, on_progress=on_progress)
+    evaluation = evaluate_model(model, split.test)
+    _write_metrics(folder, model, evaluation, result)
+    figures = "  ".join(f"{c} {f:.4f}" for c, f in zip(_COLUMNS, _figures(evaluation), strict=True))
+    print(f"{name} · {method}: {figures}  ({result.seconds:.0f} s)", flush=True)
+    return model, evaluation, result
+
+
+def _print_demo(rows: Sequence[tuple[str, str, Evaluation]], methods: Sequence[str]) -> None:
+    table: list[tuple[object, ...]] = [(name, method, *_figures(evaluation)) for name, method, evaluation in rows]
+    for method in methods:
+        figures = [_figures(evaluation) for _, m, evaluation in rows if m == method]
+        table.append(("mean", method, *(sum(column) / len(figures) for column in zip(*figures, strict=True))))
+    console.print_table("Test images of the demo", ("category", "method", *_COLUMNS), table)
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+@run.register
+def _evaluate(command: Evaluate) -> int:
+    model = BGAD.load(command.model, device=choose_device(command.device))
+    category = open_category(command.data, command.category, command.layout, command.check)
+    known = set(model.history.get("known_anomalies", ()))
+    samples = [s for s in category.test if f"{s.defect}/{s.image.name}" not in known]
+    if len(samples) < len(category.test):
+        print(f"left out: {len(category.test) - len(samples)} test images that the model was trained on")
+    evaluation = _evaluate_with_bar(
+        category.name,
+        model,
+        samples,
+        command.workers,
+        calibration=command.calibration,
+        pro_limit=command.pro_limit,
+    )
+    _print_metrics([(category.name, _method_of(model), evaluation)])
+    facts: dict[str, object] = {name: f"{value:.4f}" for name, value in false_alarms(model, evaluation).items()}
+    if command.official_pro:
+        pro = official_pro(evaluation.maps, evaluation.masks, command.pro_limit)
+        facts["official PRO"] = f"{pro:.4f}"
+    console.print_facts(facts)
+    if command.out is not None:
+        _write_metrics(make_folder(command.out), model, evaluation)
+        result = FitResult(model.history.get("passes", []), float("nan"), float("nan"))
+        config = {"architecture": model.architecture(), "training": model.history.get("config", {})}
+        report = run_report(
+            category.name,
+            _method_of(model),
+            model,
+            evaluation,
+            history=result.history,
+            config=config,
+            versions=versions(),
+        )
+        write_report(command.out / REPORT_FILE, [report], f"{category.name}: {_method_of(model)}")
+        print(f"report: {command.out / REPORT_FILE}")
+    return 0
+
+
+def _method_of(model: BGAD) -> str:
+    method = model.history.get("config", {}).get("method", "")
+    return METHOD_NAMES.get(method, "model")
+
+
+# ----------------------------------------------------------------- predict
+
+
+@run.register
+def _predict(command: Predict) -> int:
+    model = BGAD.load(command.model, device=choose_device(command.device))
+    images = find_images(command.images)
+    with console.image_bar("predict", len(images)) as on_images:
+        summary = predict_files(
+            model,
+            images,
+            command.out,
+            maps=command.maps,
+            resume=command.resume,
+            batch_size=command.batch_size,
+            workers=command.workers,
+            on_images=on_images,
+        )
+    skipped = f", {summary.skipped} were there already" if summary.skipped else ""
+    print(f"scored {summary.scored} images{skipped}: {command.out / 'scores.csv'}")
+    if summary.failed:
+        listed = "\n".join(f"  - {message}" for message in summary.failed[:20])
+        more = f"\n  ... and {len(summary.failed) - 20} more" if len(summary.failed) > 20 else ""
+        print(f"{len(summary.failed)} images could not be read; their lines in the CSV say why:\n{listed}{more}")
+        return 2
+    return 0
+
+
+# -------------------------------------------------------------------- info
+
+
+@run.register
+def _info(command: Info) -> int:
+    console.print_facts({**versions(), **machine()})
+    if command.model is not None:
+        model = BGAD.load(command.model)
+        b_n, b_a = model.thresholds()
+        print()
+        facts: dict[str, object] = {
+            "model": command.model,
+            "method": _method_of(model),
+            "parameters of the flows": f"{sum(p.numel() for p in model.flows.parameters() if p.requires_grad):,}",
+            "score at b_n, b_a": f"{b_n:.4f}, {b_a:.4f}",
+            "passes trained": len(model.history.get("passes", [])),
+            "known anomalies": len(model.history.get("known_anomalies", [])),
+        }
+        console.print_facts(facts)
+        print(json.dumps(model.architecture(), indent=2))
+    return 0
