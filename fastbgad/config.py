@@ -5,7 +5,7 @@ The defaults are the official ones (`--preset official`); `demo_preset` is a sho
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -13,6 +13,7 @@ from .flow_spec import ClampForm, FlowSpec, GlobalAffine
 from .ops import MlForm, Reduction
 from .ops.boundary import check_boundary_options
 
+CellLabels = Literal["nearest", "any"]
 Method = Literal["nfad", "bgad_without", "bgad_dagger", "bgad"]
 
 METHOD_NAMES: dict[str, str] = {
@@ -119,6 +120,9 @@ class AnomalyConfig:
     """How often a pass sees each known anomaly as it is (repeated utilisation)."""
     cut_paste: int = 5
     """How many RandAugment CutPaste images a pass makes from each known anomaly."""
+    cell_labels: CellLabels = "nearest"
+    """Which cells of a feature map count as anomalous: nearest: those whose sampled pixel is, as the official code;
+    any: those with any anomalous pixel, so that defects thinner than a cell do not train as normal."""
     refresh: int = 1
     """Make new CutPaste images every so many passes; the official code does in every pass."""
 
@@ -126,6 +130,8 @@ class AnomalyConfig:
         for name in ("num_anomalies", "repeat", "cut_paste"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if self.cell_labels not in get_args(CellLabels):
+            raise ConfigError(f"cell_labels is {self.cell_labels!r}; choose one of {', '.join(get_args(CellLabels))}")
         if self.refresh < 1:
             raise ConfigError(f"refresh is {self.refresh}; it must be at least 1")
 
@@ -159,12 +165,13 @@ class TrainConfig:
 
 
 def demo_preset(method: Method = "bgad", seed: int = 0) -> TrainConfig:
-    """A short schedule with a higher learning rate, for the demo's textures on a CPU."""
-    config = TrainConfig(method=method, seed=seed)
-    return replace(
-        config,
-        schedule=ScheduleConfig(meta_epochs=6, sub_epochs=2, batch_size=8, lr=1e-3, warmup_epochs=1, lr_floor=1e-2),
-        anomalies=AnomalyConfig(refresh=2),
+    """A short schedule with a higher learning rate and half the coupling layers, for textures on a CPU."""
+    return TrainConfig(
+        method=method,
+        seed=seed,
+        flow=FlowConfig(coupling_layers=4),
+        schedule=ScheduleConfig(meta_epochs=4, sub_epochs=2, batch_size=8, lr=1e-3, warmup_epochs=1, lr_floor=1e-2),
+        anomalies=AnomalyConfig(repeat=1, cut_paste=4, refresh=2, cell_labels="any"),
     )
 
 

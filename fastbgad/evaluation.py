@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from .data import Sample, load_sample, stream_batches
 from .errors import ConfigError, DataError
+from .features import cell_mask
 from .metrics import Metrics, evaluate
 from .model import BGAD
 from .report import ImageRow, LevelHistogram, RunReport
@@ -107,7 +107,7 @@ def level_histograms(model: BGAD, evaluation: Evaluation) -> list[LevelHistogram
     """The test patches' log-likelihoods by level, normal apart from anomalous."""
     histograms = []
     for level, lp in enumerate(evaluation.levels):
-        mask = interpolate(evaluation.masks[:, None].float(), size=lp.shape[1:], mode="nearest")[:, 0] > 0.5
+        mask = cell_mask(evaluation.masks, (lp.shape[1], lp.shape[2]), "nearest")
         u = lp / model.normalizer
         b_n, b_a = model.boundaries[level].tolist()
         name = f"level {level + 1}, stride {model.backbone.strides[level]}"

@@ -16,9 +16,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_max_pool2d, interpolate
 
 from .backbones import Backbone
+from .config import CellLabels
 from .errors import ConfigError, FeatureError, OutputError
 from .files import make_folder
 
@@ -37,6 +38,7 @@ class FeatureStore:
             or "auto": the first of these that the features fit in with room to spare.
         folder: where "disk" puts its file; it is removed with the store.
         dtype: of the stored features; None is float16 on a GPU and float32 on a CPU.
+        cell_labels: which cells of a level are anomalous, see `cell_mask`.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class FeatureStore:
         placement: Placement = "auto",
         folder: str | Path | None = None,
         dtype: torch.dtype | None = None,
+        cell_labels: CellLabels = "nearest",
     ) -> None:
         self.device = torch.device(device)
+        self.cell_labels: CellLabels = cell_labels
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.shapes = backbone_shapes(backbone, image_size, self.device)
         sizes = [slots * height * width * channels for channels, height, width in self.shapes]
@@ -112,8 +116,8 @@ class FeatureStore:
                     f"features of level {level} contain NaN or Inf; check the backbone's weights and precision"
                 )
             self.levels[level].index_copy_(0, index, rows.to(self._home, self.dtype))
-            small = interpolate(masks[:, None].float(), size=(height, width), mode="nearest")
-            self.masks[level].index_copy_(0, index, (small > 0.5).reshape(-1, height * width).to(self._home))
+            small = cell_mask(masks, (height, width), self.cell_labels)
+            self.masks[level].index_copy_(0, index, small.reshape(-1, height * width).to(self._home))
 
     def gather(
         self,
@@ -131,6 +135,21 @@ class FeatureStore:
     def maps(self, level: int, slots: slice) -> Tensor:
         """The features of some images as [n, h * w, C], on the training device."""
         return self.levels[level][slots].to(self.device)
+
+
+def cell_mask(
+    masks: Tensor,  # [B, H, W] bool
+    size: tuple[int, int],
+    labels: CellLabels,
+) -> Tensor:
+    """The masks at a level's size, bool [B, h, w]: by the nearest pixel, or by any pixel of the cell.
+
+    Nearest is what the official code does. A scratch two pixels wide then labels few of the stride-16 cells that see
+    it, and the others train as normal; "any" labels them all.
+    """
+    values = masks[:, None].float()
+    small = interpolate(values, size=size, mode="nearest") if labels == "nearest" else adaptive_max_pool2d(values, size)
+    return small[:, 0] > 0.5
 
 
 def backbone_shapes(

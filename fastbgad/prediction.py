@@ -46,6 +46,8 @@ def find_images(patterns: Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: a name that matches nothing, or a folder without images.
     """
+    if not patterns:
+        raise DataError("no image to score: name files, folders or globs")
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)

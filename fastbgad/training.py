@@ -162,7 +162,13 @@ class TrainingRun:
             model.backbone.fit(images)
         slots = first_synthetic + len(self.synthetic)
         self.store = FeatureStore(
-            model.backbone, model.image_size, slots, device=self.device, placement=placement, folder=run_dir
+            model.backbone,
+            model.image_size,
+            slots,
+            device=self.device,
+            placement=placement,
+            folder=run_dir,
+            cell_labels=config.anomalies.cell_labels,
         )
         parameters = [p for p in model.flows.parameters() if p.requires_grad]
         # One optimiser over all levels: with adam_coasting the idle ones step on zero gradients, otherwise not at all.
@@ -211,7 +217,7 @@ class TrainingRun:
             speed = seen / (time.perf_counter() - clock)
             done = self._images_before(self.pass_index) + min(self.batch_index * schedule.batch_size, len(items))
             self._report("training", done, self._images_before(self.passes), speed, partial(self._record, lr))
-            if interrupted.is_set():
+            if interrupted.is_set() and self.batch_index < len(batches):
                 self._stop()
         record = self._record(lr) | {"images_per_second": seen / max(time.perf_counter() - clock, 1e-9)}
         if not all(map(math.isfinite, record.values())):
@@ -226,6 +232,8 @@ class TrainingRun:
             self._write_log()
             if self.pass_index % schedule.sub_epochs == 0:
                 self.save_state()
+        if interrupted.is_set() and self.pass_index < self.passes:
+            self._stop()
 
     def _items(self, pass_index: int) -> Tensor:
         """The slots a pass goes through: normals alone in phase one, then the known anomalies as well."""
@@ -400,7 +408,7 @@ class TrainingRun:
             raise InterruptedTraining("training was interrupted; without run_dir there is nothing to resume from")
         self.save_state()
         raise InterruptedTraining(
-            f"training was interrupted in pass {self.pass_index + 1} of {self.passes}; its state is saved: go on with "
+            f"training was interrupted after {self.pass_index} of {self.passes} passes; its state is saved: go on with "
             f"the same command and --resume (run folder {self.run_dir})"
         )
 
