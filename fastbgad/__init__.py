@@ -1,1 +1,54 @@
-"""fastbgad"""
+"""fastbgad: boundary-guided anomaly detection (BGAD, CVPR 2023), fast and checked against a float64 oracle.
+
+    import fastbgad
+
+    category = fastbgad.open_category("mvtec", "screw")
+    split = fastbgad.split_known_anomalies(category, num_anomalies=10)
+    model = fastbgad.BGAD(fastbgad.create_backbone("tf_efficientnet_b6.aa_in1k"))
+    fastbgad.fit(model, split, fastbgad.TrainConfig(), run_dir="runs/screw")
+    print(fastbgad.evaluate_model(model, split.test).metrics)
+
+`fastbgad.ops` has the operations, `fastbgad.reference` the oracle.
+"""
+
+from __future__ import annotations
+
+from .backbones import Backbone, create_backbone
+from .config import TrainConfig, demo_preset
+from .data import Category, Sample, Split, open_category, split_known_anomalies
+from .errors import FastBGADError
+from .evaluation import Evaluation, evaluate_model
+from .flow import ConditionalFlow
+from .flow_spec import CouplingWeights, FlowSpec
+from .metrics import aupro, auroc, official_pro
+from .model import BGAD, Prediction
+from .ops import PositionalRows
+from .prediction import find_images, predict_files
+from .training import fit
+
+__all__ = [
+    "BGAD",
+    "Backbone",
+    "Category",
+    "ConditionalFlow",
+    "CouplingWeights",
+    "Evaluation",
+    "FastBGADError",
+    "FlowSpec",
+    "PositionalRows",
+    "Prediction",
+    "Sample",
+    "Split",
+    "TrainConfig",
+    "aupro",
+    "auroc",
+    "create_backbone",
+    "demo_preset",
+    "evaluate_model",
+    "find_images",
+    "fit",
+    "official_pro",
+    "open_category",
+    "predict_files",
+    "split_known_anomalies",
+]
