@@ -6,6 +6,7 @@ import math
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ def subnet(inputs: int, outputs: int) -> nn.Sequential:
 def freia_flow(spec: FlowSpec, seed: int = 0) -> Ff.SequenceINN:
     """FrEIA's own flow of this shape in float64, with parameters far from their start so that every term matters."""
     torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (FrEIA draws its rotation from numpy's global state)
     flow = Ff.SequenceINN(spec.channels)
     condition = {"cond": 0, "cond_shape": (spec.condition_channels,)} if spec.condition_channels else {}
     for _ in range(spec.coupling_layers):

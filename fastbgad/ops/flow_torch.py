@@ -49,7 +49,7 @@ class Saved(NamedTuple):
 
     x: Tensor  # [n, C], the layer's input
     hidden: Tensor  # [n, H], after the ReLU
-    tanh: Tensor  # [n, C2], log-scale / clamp
+    sigmoid: Tensor  # [n, C2], of twice the pre-activation: s = clamp (2 sigmoid - 1)
     y2: Tensor  # [n, C2], the active half after scale and shift
 
 
@@ -65,10 +65,12 @@ def global_affine_scale(global_scale: Tensor, kind: str) -> tuple[Tensor, Tensor
 
 
 def subnet_scale(spec: FlowSpec, like: Tensor) -> Tensor:
-    """What W2 and b2 are multiplied by, [2 * C2]: FrEIA's 0.1, and 1 / clamp before tanh in the scaled form."""
+    """What W2 and b2 are multiplied by, [2 * C2]: FrEIA's 0.1; in the half of s also 2, and 1 / clamp if so scaled.
+
+    tanh(a) = 2 sigmoid(2 a) - 1: PyTorch's sigmoid takes a seventh of the time of its tanh on a CPU.
+    """
     scale = like.new_full((2 * spec.active_channels,), 0.1)
-    if spec.clamp_form == "scaled_tanh":
-        scale[: spec.active_channels] /= spec.clamp
+    scale[: spec.active_channels] *= 2 if spec.clamp_form == "tanh" else 2 / spec.clamp
     return scale
 
 
@@ -235,7 +237,7 @@ def infer(
             hidden.addmm_(state[:, :c1], layer.w1x).relu_()
             torch.addmm(layer.b2, hidden, layer.w2, out=a)
             s, shift, active = a[:, :c2], a[:, c2:], state[:, c1:]
-            s.tanh_().mul_(spec.clamp)
+            s.sigmoid_().mul_(2 * spec.clamp).sub_(spec.clamp)
             scale_sum.add_(s)
             torch.addcmul(shift, active, s.exp_(), out=active)  # y = [x1, x2 exp(s) + a_t], in place
             torch.addmm(layer.out_bias, state, layer.w_out, out=following)  # W_perm (g y + offset)
@@ -251,7 +253,7 @@ def infer(
 class FlowFunction(torch.autograd.Function):
     """lp, log_det and z of all rows, with gradients of x, of a dense condition and of every weight.
 
-    Each chunk of rows saves, per layer, its input [n, C], hidden activation [n, H], tanh [n, C2] and y2 [n, C2].
+    Each chunk of rows saves, per layer, its input [n, C], hidden activation [n, H], sigmoid [n, C2] and y2 [n, C2].
     """
 
     @staticmethod
@@ -279,11 +281,11 @@ class FlowFunction(torch.autograd.Function):
             for layer in folded:
                 hidden = bias.fill(layer, start, stop, None).addmm_(state[:, :c1], layer.w1x).relu_()
                 a = torch.addmm(layer.b2, hidden, layer.w2)
-                tanh = torch.tanh(a[:, :c2])
-                s = spec.clamp * tanh
+                sigmoid = torch.sigmoid(a[:, :c2])
+                s = (2 * spec.clamp * sigmoid).sub_(spec.clamp)
                 scale_sum += s.sum(dim=1)
                 y2 = torch.addcmul(a[:, c2:], state[:, c1:], s.exp_())
-                saved += Saved(state, hidden, tanh, y2)
+                saved += Saved(state, hidden, sigmoid, y2)
                 y = torch.cat([state[:, :c1], y2], dim=1)
                 state = torch.addmm(layer.out_bias, y, layer.w_out)
             z[start:stop] = state
@@ -366,17 +368,17 @@ class LayerGradients:
     ) -> Tensor:
         """Adds one chunk's gradients; returns dx [n, C]."""
         c1, clamp = self.spec.passive_channels, self.spec.clamp
-        x, hidden, tanh, y2 = kept
+        x, hidden, sigmoid, y2 = kept
         x1, x2 = x[:, :c1], x[:, c1:]
         dy = d_out @ self.w_out_rows  # out = W_perm diag(g) y + W_perm offset
         self.y_sum += dy.sum(dim=0)
         self.y_dot[:c1] += (dy[:, :c1] * x1).sum(dim=0)
         self.y_dot[c1:] += (dy[:, c1:] * y2).sum(dim=0)
 
-        dy2 = dy[:, c1:]  # y2 = x2 exp(s) + a_t, s = clamp tanh(a_s)
-        dx2 = dy2 * torch.exp(clamp * tanh)
-        ds = torch.addcmul(d_scale, dx2, x2)
-        da = torch.cat([ds.mul_(clamp).mul_(1 - tanh * tanh), dy2], dim=1)  # [n, 2 * C2]
+        dy2 = dy[:, c1:]  # y2 = x2 exp(s) + a_t, s = clamp (2 sigmoid - 1), ds/da = 2 clamp sigmoid (1 - sigmoid)
+        dx2 = (2 * clamp * sigmoid).sub_(clamp).exp_().mul_(dy2)
+        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(2 * clamp)
+        da = torch.cat([torch.addcmul(d_scale, dx2, x2).mul_(slope), dy2], dim=1)  # [n, 2 * C2]
         self.w2.addmm_(da.T, hidden)
         self.b2 += da.sum(dim=0)
 
