@@ -218,15 +218,15 @@ def score_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any]) -> Ch
 
 
 def history_chart(title: str, history: Sequence[Mapping[str, float]], prefixes: Sequence[str]) -> Chart:
-    """Training curves: every key of `history` that starts with one of `prefixes`, against its step.
+    """Training curves: every key of `history` that starts with one of `prefixes`, against its pass.
 
     Args:
         title: heading.
-        history: one mapping per logged step; keys may come and go, NaN leaves a gap.
+        history: one mapping per pass over the training images; keys may come and go, NaN leaves a gap.
         prefixes: "loss", or "b_n" and "b_a", ...
     """
     keys = [key for key in dict.fromkeys(key for entry in history for key in entry) if key.startswith(tuple(prefixes))]
-    steps = np.array([entry.get("step", index) for index, entry in enumerate(history)], dtype=np.float64)
+    steps = np.array([entry.get("pass", index + 1) for index, entry in enumerate(history)], dtype=np.float64)
     curves = {key: np.array([entry.get(key, np.nan) for entry in history], dtype=np.float64) for key in keys}
     curves = {key: values for key, values in curves.items() if np.isfinite(values).any()}
     if not curves:
@@ -247,14 +247,22 @@ def history_chart(title: str, history: Sequence[Mapping[str, float]], prefixes: 
         x, y = _block_means(steps, block), _block_means(values, block)
         # A single finite point between gaps would be invisible as a line.
         axes.plot(x, y, color=color, linewidth=1.3, marker="o" if np.isfinite(y).sum() < 3 else None, markersize=2.5)
-        legend.append((key, _CSS[color]))
+        legend.append((_curve_name(key), _CSS[color]))
     drawn = np.concatenate(list(curves.values()))
     drawn = drawn[np.isfinite(drawn)]
     if drawn.min() > 0 and drawn.max() > 50 * drawn.min():
         axes.set_yscale("log")
     axes.margins(x=0.02)
-    axes.set_xlabel("step")
+    axes.set_xlabel("pass over the training images")
     return Chart(title, _svg(figure, f"{title} during training"), tuple(legend), " ".join(notes))
+
+
+def _curve_name(key: str) -> str:
+    """What a reader calls a key of the log: "b_n_0" is the boundary b_n of level 1."""
+    named = {"loss": "total", "loss_ml": "likelihood", "loss_n": "semi-pull", "loss_a": "semi-push"}
+    if key[:4] in ("b_n_", "b_a_") and key[4:].isdigit():
+        return f"{key[:3]}, level {int(key[4:]) + 1}"
+    return named.get(key, key)
 
 
 def _finite(*parts: NDArray[Any]) -> tuple[list[NDArray[np.float64]], str]:

@@ -83,7 +83,7 @@ class RunReport:
         metrics: image_auroc, pixel_auroc, aupro, ... in [0, 1].
         rows: test images.
         levels: one per feature level.
-        history: one mapping per logged training step: step, epoch, loss, loss_ml, loss_n, loss_a, lr, b_n_0, ...
+        history: one mapping per pass over the training images: pass, loss, loss_ml, loss_n, loss_a, lr, b_n_0, ...
         seconds: duration of the training.
         map_range: scores of the first and the last colour of this run's anomaly maps.
         config: the configuration, possibly nested.

@@ -265,13 +265,7 @@ class TrainingRun:
         """The means of the pass so far; the only place that waits for the device."""
         sums = self.sums.tolist()
         chunks = sum(row[-2] for row in sums)
-        schedule = self.config.schedule
-        record: Record = {
-            "pass": self.pass_index + 1,
-            "epoch": self.pass_index / schedule.sub_epochs,
-            "step": self.pass_index + 1,
-            "lr": lr,
-        }
+        record: Record = {"pass": self.pass_index + 1, "lr": lr}
         for name, column in (("loss", 0), ("loss_ml", 1), ("loss_n", 2), ("loss_a", 3)):
             record[name] = sum(row[column] for row in sums) / chunks
         for level, row in enumerate(sums):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from fastbgad.__main__ import main
 from fastbgad.cli import Train, parse
 from tests.make_data import make_mvtec
-from tests.models import SIZE
+from tests.models import SIZE, tiny_config
 
 TINY = ["--backbone", "gabor", "--image-size", str(SIZE), str(SIZE), "--flow.coupling-layers", "2"]
 SHORT = ["--schedule.meta-epochs", "2", "--schedule.sub-epochs", "1", "--schedule.warmup-epochs", "1"]
@@ -141,6 +142,26 @@ def test_unwritable_output(run, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert main(train(root, tmp_path / "file" / "out")) == 2
     assert "cannot create the folder" in capsys.readouterr().err
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The whole demo on one texture with a tiny schedule; a second call takes up what is there."""
+    pytest.importorskip("skimage")
+    monkeypatch.setattr("fastbgad.commands.demo_preset", lambda method, seed: replace(tiny_config(method), seed=seed))
+    monkeypatch.setattr("fastbgad.commands.DEMO_IMAGE_SIZE", SIZE)
+    command = ["demo", "--out", str(tmp_path / "demo"), "--categories", "brick"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    for expected in ("NFAD", "BGAD", "mean", "report.html"):
+        assert expected in printed
+    first = (tmp_path / "demo" / "brick" / "bgad" / "model.safetensors").read_bytes()
+    assert main(command) == 0
+    assert (tmp_path / "demo" / "brick" / "bgad" / "model.safetensors").read_bytes() == first
+    # both methods are measured on the same images
+    metrics = [json.loads((tmp_path / "demo" / "brick" / m / "metrics.json").read_text()) for m in ("nfad", "bgad")]
+    assert metrics[0]["n_images"] == metrics[1]["n_images"] == 12 + 4 * 8 - 10
+    assert main([*command[:3], "--categories", "sand"]) == 2
+    assert "no category 'sand'" in capsys.readouterr().err
 
 
 def test_presets_decide_the_defaults() -> None:

@@ -142,17 +142,17 @@ def test_likelihood_chart_says_what_it_leaves_out():
 
 
 def test_history_chart_takes_what_is_there():
-    history = [{"step": s, "loss": 1 / (s + 1), "loss_a": 0.5, "lr": 0.1, "b_n_0": -0.5} for s in range(50)]
+    history = [{"pass": s, "loss": 1 / (s + 1), "loss_a": 0.5, "lr": 0.1, "b_n_0": -0.5} for s in range(50)]
     history[3]["loss"] = float("nan")
     del history[4]["loss_a"]
     chart = history_chart("Loss", history, ["loss"])
     assert_inline_svg(chart.svg)
-    assert [label for label, _ in chart.legend] == ["loss", "loss_a"]
+    assert [label for label, _ in chart.legend] == ["total", "semi-push"]
     assert chart.note == "Values that are NaN or Inf are left out: loss."
-    assert [label for label, _ in history_chart("B", history, ["b_n", "b_a"]).legend] == ["b_n_0"]
+    assert [label for label, _ in history_chart("B", history, ["b_n", "b_a"]).legend] == ["b_n, level 1"]
 
 
-@pytest.mark.parametrize("history", [[], [{}], [{"step": 1.0}], [{"loss": float("nan")}]])
+@pytest.mark.parametrize("history", [[], [{}], [{"pass": 1.0}], [{"loss": float("nan")}]])
 def test_history_chart_without_anything(history):
     chart = history_chart("Loss", history, ["loss"])
     assert chart.svg == ""
@@ -160,7 +160,7 @@ def test_history_chart_without_anything(history):
 
 
 def test_long_histories_are_thinned_to_means():
-    history = [{"step": float(s), "loss": float(s % 2)} for s in range(20_000)]
+    history = [{"pass": float(s), "loss": float(s % 2)} for s in range(20_000)]
     chart = history_chart("Loss", history, ["loss"])
     assert "mean of 67 records" in chart.note
     assert len(chart.svg) < 60_000

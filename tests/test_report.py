@@ -74,7 +74,7 @@ def run_report(category: str = "brick", method: str = "BGAD", **changes) -> RunR
         metrics={"image_auroc": 0.9512, "pixel_auroc": 0.9876, "aupro": 0.9034, "n_images": 2},
         rows=[image_row(), image_row("001.png", "good", 0, 0.1234)],
         levels=[LevelHistogram("Level 1", RNG.normal(-0.2, 0.1, 300), RNG.normal(-0.7, 0.1, 50), -0.4, -0.5)],
-        history=[{"step": s, "loss": 2.0 - s / 10, "b_n_0": -1 + s / 20} for s in range(10)],
+        history=[{"pass": s, "loss": 2.0 - s / 10, "b_n_0": -1 + s / 20} for s in range(10)],
         seconds=83.0,
         map_range=(0.25, 0.75),
         config={"lr": 2e-4, "model": {"blocks": 8}},
@@ -120,7 +120,14 @@ def test_every_value_appears(tmp_path):
         assert value in page.text
     for value in ("0.7", "0.123", "0.25", "0.75", "1 min 23 s", "lr", "0.0002", "model.blocks", "8", "torch", "2.11.0"):
         assert value in page.text
-    for value in ("Level 1", "Loss", "Boundaries", "b_n_0", "Image scores", "1 anomalous and 1 normal test images"):
+    for value in (
+        "Level 1",
+        "Loss",
+        "Boundaries",
+        "b_n, level 1",
+        "Image scores",
+        "1 anomalous and 1 normal test images",
+    ):
         assert value in page.text
     assert len(page.values("img", "src")) == 8
     assert all(page.values("img", "alt"))
@@ -206,7 +213,7 @@ def test_missing_parts_are_said(tmp_path):
     assert "not recorded" in text
     assert "No metrics were recorded" in page_of(tmp_path, [replace(empty, metrics={})]).text
     broken = run_report(
-        history=[{"step": 0, "loss": float("nan")}, {"step": 1, "loss": 1.0}],
+        history=[{"pass": 0, "loss": float("nan")}, {"pass": 1, "loss": 1.0}],
         rows=[image_row(score=float("nan"), mask=None)],
     )
     text = page_of(tmp_path, [broken]).text

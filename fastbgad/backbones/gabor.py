@@ -56,7 +56,7 @@ class GaborBackbone(Backbone):
     f(z) = 4 asinh(z / 4): the identity for common values, a logarithm for extreme ones, which a flow in half
     precision could not take otherwise. A feature that does not vary there is divided by 0.001.
 
-    Any size from 64 pixels works (edges are reflected; an incomplete last cell averages what it has). All filters and
+    Any size from 64 pixels works (edges are continued; an incomplete last cell averages what it has). All filters and
     statistics are buffers. On grey normals the colour channels are constant, and colour is an anomaly.
     """
 
@@ -209,13 +209,16 @@ class GaborBackbone(Backbone):
         self,
         luma: Tensor,  # [B, 1, H, W]
     ) -> tuple[Tensor, Tensor]:  # [B, 2, H / 2, W / 2] and [B, 2, H / 4, W / 4], bright and dark
-        # Every second pixel is enough: along a line the response varies slowly.
-        response = F.conv2d(_reflect(luma, self.lines.shape[-1] // 2), self.lines, stride=2)
+        # Every second pixel is enough: along a line the response varies slowly. At the image's edge a reflection would
+        # bend every line into a corner and double one that runs along the edge: lines go on straight, and no contour
+        # is taken for granted where nothing is seen.
+        extended = F.pad(luma, (self.lines.shape[-1] // 2,) * 4, mode="replicate")
+        response = F.conv2d(extended, self.lines, stride=2)
         lines = torch.cat([response.amax(1, keepdim=True), -response.amin(1, keepdim=True)], 1)
         contours = []
         for signed in (response, -response):
-            peaks = _reflect(_max_pool(signed, 2), self.contours.shape[-1] // 2)
-            along = F.conv2d(peaks, self.contours, groups=len(self.contours))
+            margin = self.contours.shape[-1] // 2
+            along = F.conv2d(_max_pool(signed, 2), self.contours, padding=margin, groups=len(self.contours))
             contours.append(along.amax(1, keepdim=True) - along.mean(1, keepdim=True))
         return lines, torch.cat(contours, 1)
 
