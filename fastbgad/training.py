@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from .data import AnomalySynthesis, AugmentedAnomalies, Split, stream_batches
 from .errors import CheckpointError, ConfigError, DataError, FastBGADError, FeatureError
 from .features import FeatureStore, Placement, extract_into
 from .files import make_folder, write_json, write_text
+from .interrupt import interrupt_flag
 from .losses import training_loss
 from .model import BGAD
 from .ops import PositionalRows
@@ -409,22 +408,3 @@ class TrainingRun:
     def _report(self, stage: str, done: int, total: int, speed: float, record: Callable[[], Record]) -> None:
         if self.on_progress is not None:
             self.on_progress(Progress(stage, done, total, speed, record()))
-
-
-@contextmanager
-def interrupt_flag() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that a step is never cut in half; the second Ctrl-C acts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def on_signal(signum: int, frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
