@@ -19,9 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FastBGADError as error:
         print(f"fastbgad: {error}", file=sys.stderr)
         return 2
-    warnings.formatwarning = lambda message, *_, **__: f"fastbgad: warning: {message}\n"
     try:
-        return commands.run(parse(sys.argv[1:] if arguments is None else arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return commands.run(parse(sys.argv[1:] if arguments is None else arguments))
     except InterruptedTraining as interruption:
         print(f"\nfastbgad: {interruption}", file=sys.stderr)
         return 130
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastbgad: interrupted", file=sys.stderr)
         return 130
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"fastbgad: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .errors import CheckpointError
 from .files import write_bytes
 
 FORMAT = 1
+HEADER = "fastbgad"
 
 
 def save_checkpoint(path: str | Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -37,8 +38,9 @@ def save_checkpoint(path: str | Path, kind: str, tensors: Mapping[str, Tensor], 
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, "kind": kind, **metadata}, sort_keys=True, allow_nan=False)
-    header = {"fastbgad": text, "sha256": _checksum(on_cpu, text)}
-    write_bytes(path, save(on_cpu, header))
+    # One entry: safetensors writes several in random order, and the same run should give the same bytes.
+    header = json.dumps({"sha256": _checksum(on_cpu, text), "metadata": text})
+    write_bytes(path, save(on_cpu, {HEADER: header}))
 
 
 def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -58,13 +60,18 @@ def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({error}); copy it again from its source or train again"
         ) from error
-    if "fastbgad" not in header or "sha256" not in header:
+    if HEADER not in header:
         raise CheckpointError(f"{path} was not written by fastbgad: its header lacks our metadata")
-    if header["sha256"] != _checksum(tensors, header["fastbgad"]):
+    try:
+        entry = json.loads(header[HEADER])
+        whole = entry["sha256"] == _checksum(tensors, entry["metadata"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise CheckpointError(
             f"{path} is damaged: its content does not match its checksum; copy it again from its source or train again"
         )
-    metadata = json.loads(header["fastbgad"])
+    metadata = json.loads(entry["metadata"])
     if metadata["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {metadata['format']}, this fastbgad reads up to {FORMAT}; upgrade fastbgad"

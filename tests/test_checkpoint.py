@@ -86,4 +86,11 @@ def test_header_is_readable_json(path: Path) -> None:
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    assert json.loads(header["__metadata__"]["fastbgad"])["kind"] == "model"
+    entry = json.loads(header["__metadata__"]["fastbgad"])
+    assert json.loads(entry["metadata"])["kind"] == "model"
+
+
+def test_same_content_same_bytes(path: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        save_checkpoint(tmp_path / f"{number}", "model", TENSORS, {"note": "hello", "n": [1, 2.5]})
+        assert (tmp_path / f"{number}").read_bytes() == path.read_bytes()
