@@ -36,7 +36,8 @@ class Saved(NamedTuple):
     x: Tensor  # [n, C], the layer's input
     hidden: Tensor  # [n, H], after the ReLU
     sigmoid: Tensor  # [n, C2], of twice the pre-activation: s = clamp (2 sigmoid - 1)
-    y2: Tensor  # [n, C2], the active half after scale and shift
+    scale: Tensor  # [n, C2], exp(s)
+    y: Tensor  # [n, C], [x1, x2 exp(s) + a_t]
 
 
 def log_likelihood_(z: Tensor, log_det: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def infer(
 class FlowFunction(torch.autograd.Function):
     """lp, log_det and z of all rows, with gradients of x, of a dense condition and of every weight.
 
-    Each chunk of rows saves, per layer, its input [n, C], hidden activation [n, H], sigmoid [n, C2] and y2 [n, C2].
+    Each chunk of rows keeps `Saved` of every layer.
     """
 
     @staticmethod
@@ -126,17 +127,18 @@ class FlowFunction(torch.autograd.Function):
         saved: list[Tensor] = []
         for start, stop in chunks:
             state = x[start:stop]
-            scale_sum = x.new_zeros(stop - start)
+            sigmoid_sum = x.new_zeros(stop - start, c2)
             for layer in folded:
                 hidden = bias.fill(layer, start, stop, None).addmm_(state[:, :c1], layer.w1x).relu_()
                 a = torch.addmm(layer.b2, hidden, layer.w2)
                 sigmoid = torch.sigmoid(a[:, :c2])
-                s = (2 * spec.clamp * sigmoid).sub_(spec.clamp)
-                scale_sum += s.sum(dim=1)
-                y2 = torch.addcmul(a[:, c2:], state[:, c1:], s.exp_())
-                saved += Saved(state, hidden, sigmoid, y2)
-                y = torch.cat([state[:, :c1], y2], dim=1)
+                sigmoid_sum += sigmoid
+                scale = torch.mul(sigmoid, 2 * spec.clamp).sub_(spec.clamp).exp_()
+                y = torch.cat([state[:, :c1], torch.addcmul(a[:, c2:], state[:, c1:], scale)], dim=1)
+                saved += Saved(state, hidden, sigmoid, scale, y)
                 state = torch.addmm(layer.out_bias, y, layer.w_out)
+            # sum(s) over all layers, with s = clamp (2 sigmoid - 1)
+            scale_sum = sigmoid_sum.sum(dim=1).mul_(2 * spec.clamp).sub_(spec.clamp * c2 * len(folded))
             z[start:stop] = state
             log_det[start:stop] = scale_sum + log_g
         ctx.save_for_backward(z, *weights, *saved)
@@ -166,15 +168,16 @@ class FlowFunction(torch.autograd.Function):
 
         longest = max((stop - start for start, stop in ctx.chunks), default=0)
         hidden_buffer = z.new_empty(longest, folded[0].w1x.shape[1])
+        a_buffer = z.new_empty(longest, 2 * spec.active_channels)
         for chunk, (start, stop) in enumerate(ctx.chunks):
-            d_hidden = hidden_buffer[: stop - start]
+            d_hidden, da = hidden_buffer[: stop - start], a_buffer[: stop - start]
             d_out, d_scale = d_state[start:stop], d_det[start:stop, None]
             segments = ctx.bias.segments(start, stop) if isinstance(ctx.bias, GatheredBias) else None
             condition = ctx.bias.condition[start:stop] if folded[0].w1p is not None else None
             for index in reversed(range(len(folded))):
                 at = len(Saved._fields) * (chunk * len(folded) + index)
                 kept = Saved(*saved[at : at + len(Saved._fields)])
-                d_out = gradients[index].accumulate(d_out, d_scale, kept, segments, condition, d_hidden)
+                d_out = gradients[index].accumulate(d_out, d_scale, kept, segments, condition, da, d_hidden)
                 w1p = folded[index].w1p
                 if d_dense is not None and w1p is not None:
                     d_dense[start:stop].addmm_(d_hidden, w1p.T)
@@ -193,10 +196,12 @@ class LayerGradients:
     """Gradients of one layer's folded weights, summed over chunks, then carried back to the layer's own weights."""
 
     def __init__(self, layer: Folded, spec: FlowSpec) -> None:
-        self.layer, self.spec = layer, spec
-        # The layer's weights as the backward products want them: [C2 * 2, H] and [H, C1].
-        self.w2_rows, self.w1x_rows = layer.w2.T.contiguous(), layer.w1x.T.contiguous()
-        self.w_out_rows = layer.w_out.T.contiguous()
+        self.spec = spec
+        self.slope = torch.ones_like(layer.b2)
+        self.slope[: spec.active_channels] = 2 * spec.clamp
+        # The layer's weights as the backward products want them: [2 * C2, H], [H, C1] and [C, C].
+        self.w2_rows = layer.w2.T.contiguous() * self.slope[:, None]
+        self.w1x_rows, self.w_out_rows = layer.w1x.T.contiguous(), layer.w_out.T.contiguous()
         self.w1x = torch.zeros_like(self.w1x_rows)  # [H, C1]
         self.w2 = torch.zeros_like(self.w2_rows)  # [2 * C2, H]
         self.b2 = torch.zeros_like(layer.b2)
@@ -213,26 +218,27 @@ class LayerGradients:
         kept: Saved,
         segments: tuple[Tensor, Tensor] | None,
         condition: Tensor | None,  # [n, P]
+        da: Tensor,  # [n, 2 * C2], scratch
         d_hidden: Tensor,  # [n, H], filled with the gradient before the ReLU
     ) -> Tensor:
         """Adds one chunk's gradients; returns dx [n, C]."""
-        c1, clamp = self.spec.passive_channels, self.spec.clamp
-        x, hidden, sigmoid, y2 = kept
-        x1, x2 = x[:, :c1], x[:, c1:]
+        c1, c2 = self.spec.passive_channels, self.spec.active_channels
+        x1, x2 = kept.x[:, :c1], kept.x[:, c1:]
         dy = d_out @ self.w_out_rows  # out = W_perm diag(g) y + W_perm offset
         self.y_sum += dy.sum(dim=0)
-        self.y_dot[:c1] += (dy[:, :c1] * x1).sum(dim=0)
-        self.y_dot[c1:] += (dy[:, c1:] * y2).sum(dim=0)
+        self.y_dot += (dy * kept.y).sum(dim=0)
 
-        dy2 = dy[:, c1:]  # y2 = x2 exp(s) + a_t, s = clamp (2 sigmoid - 1), ds/da = 2 clamp sigmoid (1 - sigmoid)
-        dx2 = (2 * clamp * sigmoid).sub_(clamp).exp_().mul_(dy2)
-        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(2 * clamp)
-        da = torch.cat([torch.addcmul(d_scale, dx2, x2).mul_(slope), dy2], dim=1)  # [n, 2 * C2]
-        self.w2.addmm_(da.T, hidden)
+        # y2 = x2 exp(s) + a_t and s = clamp (2 sigmoid - 1); the factor 2 clamp of ds/da is in w2_rows and in unfold
+        ds, dy2 = da[:, :c2], dy[:, c1:]
+        da[:, c2:] = dy2
+        dx2 = dy2.mul_(kept.scale)
+        torch.addcmul(d_scale, dx2, x2, out=ds)
+        torch.ops.aten.sigmoid_backward.grad_input(ds, kept.sigmoid, grad_input=ds)
+        self.w2.addmm_(da.T, kept.hidden)
         self.b2 += da.sum(dim=0)
 
         torch.mm(da, self.w2_rows, out=d_hidden)
-        torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0, grad_input=d_hidden)
+        torch.ops.aten.threshold_backward.grad_input(d_hidden, kept.hidden, 0, grad_input=d_hidden)
         self.w1x.addmm_(d_hidden.T, x1)
         if segments is not None and self.tables is not None:
             rows, offsets = segments
@@ -241,8 +247,8 @@ class LayerGradients:
             self.bias += d_hidden.sum(dim=0)
             if condition is not None and self.w1p is not None:
                 self.w1p.addmm_(d_hidden.T, condition)
-        dx1 = torch.addmm(dy[:, :c1], d_hidden, self.w1x_rows)
-        return torch.cat([dx1, dx2], dim=1)
+        dy[:, :c1].addmm_(d_hidden, self.w1x_rows)
+        return dy
 
     def unfold(
         self,
@@ -251,7 +257,7 @@ class LayerGradients:
         positions: PositionalRows | None,
     ) -> tuple[Tensor | None, ...]:
         """The gradients of a `CouplingWeights`, in its order; W_perm is fixed and gets None."""
-        scale = subnet_scale(self.spec, self.b2)
+        scale = self.slope * subnet_scale(self.spec, self.b2)
         g, dg_dp = global_affine_scale(layer.global_scale.to(self.b2.dtype), self.spec.global_affine)
         d_bias, d_w1 = self.bias, self.w1x
         if self.tables is not None and positions is not None:
