@@ -144,7 +144,7 @@ def test_training_step(benchmark, capsys, channels: int, side: int) -> None:
             optimizer.step()
 
         contenders[name] = step
-    times = interleaved(contenders, rounds=9, warmup=2)
+    times = interleaved(contenders, rounds=21, warmup=3)
     benchmark.pedantic(contenders[FAST], rounds=5)
     report(benchmark, capsys, f"training step, {TRAINING_ROWS} rows x {channels} channels", times, worst)
 
