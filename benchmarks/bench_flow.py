@@ -24,7 +24,7 @@ from fastbgad import reference
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.ops import PositionalRows
-from tests.flows import freia_flow, relative_error
+from tests.flows import double, freia_flow, relative_error
 
 LEVELS = [(40, 256), (72, 128), (200, 64)]  # channels, height = width
 FREIA, FAST = "FrEIA eager", "fastbgad torch"
@@ -56,10 +56,7 @@ class Case:
 
     def exact(self, rows: int) -> tuple[Tensor, list[CouplingWeights]]:
         """The oracle's log-likelihood of the first rows, in float64, and the weights it used."""
-        layers = [
-            CouplingWeights(*(t.detach().double().requires_grad_(n != "w_perm") for n, t in layer._asdict().items()))
-            for layer in self.ours.weights()
-        ]
+        layers = double(self.ours.weights())
         condition = self.positions.dense(len(self.x), torch.float64, self.x.device)[:rows]
         z, log_det = reference.flow_forward(self.x[:rows].double(), layers, self.spec, condition)
         return reference.log_likelihood(z, log_det), layers

@@ -39,7 +39,7 @@ def save_checkpoint(path: str | Path, kind: str, tensors: Mapping[str, Tensor], 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, "kind": kind, **metadata}, sort_keys=True, allow_nan=False)
     # One entry: safetensors writes several in random order, and the same run should give the same bytes.
-    header = json.dumps({"sha256": _checksum(on_cpu, text), "metadata": text})
+    header = json.dumps({"sha256": checksum(on_cpu, text), "metadata": text})
     write_bytes(path, save(on_cpu, {HEADER: header}))
 
 
@@ -64,7 +64,7 @@ def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
         raise CheckpointError(f"{path} was not written by fastbgad: its header lacks our metadata")
     try:
         entry = json.loads(header[HEADER])
-        whole = entry["sha256"] == _checksum(tensors, entry["metadata"])
+        whole = entry["sha256"] == checksum(tensors, entry["metadata"])
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -81,7 +81,7 @@ def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
     return tensors, metadata
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     """SHA-256 over the metadata and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):

@@ -196,7 +196,7 @@ def _evaluate(command: Evaluate) -> int:
     model = BGAD.load(command.model, device=choose_device(command.device))
     category = open_category(command.data, command.category, command.layout, command.check)
     known = set(model.history.get("known_anomalies", ()))
-    samples = [s for s in category.test if f"{s.defect}/{s.image.name}" not in known]
+    samples = [s for s in category.test if s.name not in known]
     if len(samples) < len(category.test):
         print(f"left out: {len(category.test) - len(samples)} test images that the model was trained on")
     evaluation = _evaluate_with_bar(
@@ -215,14 +215,13 @@ def _evaluate(command: Evaluate) -> int:
     console.print_facts(facts)
     if command.out is not None:
         _write_metrics(make_folder(command.out), model, evaluation)
-        result = FitResult(model.history.get("passes", []), float("nan"), float("nan"))
         config = {"architecture": model.architecture(), "training": model.history.get("config", {})}
         report = run_report(
             category.name,
             _method_of(model),
             model,
             evaluation,
-            history=result.history,
+            history=model.history.get("passes", []),
             config=config,
             versions=versions(),
         )

@@ -90,7 +90,7 @@ def image_rows(model: BGAD, evaluation: Evaluation) -> list[ImageRow]:
     """What the report shows of every test image."""
     return [
         ImageRow(
-            name=f"{sample.defect}/{sample.image.name}",
+            name=sample.name,
             defect=sample.defect,
             label=sample.label,
             score=float(evaluation.image_scores[i]),

@@ -186,7 +186,6 @@ def _write_map(
         height, width = image.shape[:2]
         large = np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
         sides = np.asarray(Image.fromarray(decision).resize((width, height), Image.Resampling.NEAREST))
-        # Colour begins at the normal boundary: what lies on its normal side stays as photographed.
         picture = decision_contour(heat_overlay(image, large, low, high), sides)
         write_with(target, lambda path: Image.fromarray(picture).save(path))
     return str(relative)

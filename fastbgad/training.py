@@ -68,7 +68,7 @@ class FitResult:
 
     history: list[Record]  # one record per pass
     seconds: float  # wall time of this call
-    feature_seconds: float  # of which extracting features
+    feature_seconds: float  # of which fitting the backbone's statistics and extracting features
 
 
 def fit(
@@ -109,12 +109,24 @@ def fit(
         raise DataError("there is no normal image to train on")
     if config.uses_anomalies and not split.known_anomalies:
         raise DataError(f"method {config.method!r} learns from anomalies, but none is known: raise num_anomalies")
+    if run_dir is not None:
+        _check_run_dir(Path(run_dir), resume)
     run = TrainingRun(model, split, config, Path(run_dir) if run_dir is not None else None, placement, workers)
     run.on_progress = on_progress
     try:
         return run.fit(resume)
     finally:
         run.store.close()
+
+
+def _check_run_dir(run_dir: Path, resume: bool) -> None:
+    """Refuses a folder that cannot be used before any image is read."""
+    make_folder(run_dir)
+    has_state = (run_dir / STATE_FILE).is_file()
+    if resume and not has_state:
+        raise CheckpointError(f"nothing to resume in {run_dir}: it has no {STATE_FILE}; train without resume")
+    if not resume and (has_state or (run_dir / MODEL_FILE).is_file()):
+        raise ConfigError(f"{run_dir} already holds a run; resume it, or choose another folder")
 
 
 class TrainingRun:
@@ -131,6 +143,7 @@ class TrainingRun:
         placement: Placement,
         workers: int,
     ) -> None:
+        self.started = time.perf_counter()
         self.model, self.split, self.config = model, split, config
         self.run_dir, self.workers = run_dir, workers
         self.device = model.device
@@ -177,20 +190,19 @@ class TrainingRun:
 
     def fit(self, resume: bool) -> FitResult:
         """The whole run, from features to the calibrated model."""
-        started = time.perf_counter()
         if self.run_dir is not None:
             self._open_run(self.run_dir, resume)
         self._extract_features()
-        feature_seconds = time.perf_counter() - started
+        feature_seconds = time.perf_counter() - self.started
         with interrupt_flag() as interrupted:
             while self.pass_index < self.passes:
                 self._train_pass(interrupted)
         self._calibrate()
         if self.run_dir is not None:
-            known = self.identity()["known_anomalies"]
+            known = self._known_names()
             history = {"config": self.config.as_dict(), "passes": self.history, "known_anomalies": known}
             self.model.save(self.run_dir / MODEL_FILE, history)
-        return FitResult(self.history, time.perf_counter() - started, feature_seconds)
+        return FitResult(self.history, time.perf_counter() - self.started, feature_seconds)
 
     def _train_pass(self, interrupted: threading.Event) -> None:
         """One pass over the training images, from `batch_index` on."""
@@ -239,7 +251,8 @@ class TrainingRun:
         return self.normal_items if pass_index < self.config.schedule.sub_epochs else self.all_items
 
     def _images_before(self, pass_index: int) -> int:
-        return sum(len(self._items(i)) for i in range(pass_index))
+        first_phase = min(pass_index, self.config.schedule.sub_epochs)
+        return first_phase * len(self.normal_items) + (pass_index - first_phase) * len(self.all_items)
 
     def _train_level(self, level: int, slots: Tensor, first_phase: bool) -> None:
         """Optimiser steps of one level on all patches of a batch of images."""
@@ -331,19 +344,16 @@ class TrainingRun:
     # ---------------------------------------------------------------- files
 
     def _open_run(self, run_dir: Path, resume: bool) -> None:
-        make_folder(run_dir)
-        state = run_dir / STATE_FILE
         if resume:
-            if not state.is_file():
-                raise CheckpointError(f"nothing to resume in {run_dir}: it has no {STATE_FILE}; train without resume")
             self.load_state()
             return
-        if state.is_file() or (run_dir / MODEL_FILE).is_file():
-            raise ConfigError(f"{run_dir} already holds a run; resume it, or choose another folder")
         write_json(
             run_dir / CONFIG_FILE, {"architecture": self.model.architecture(), "training": self.config.as_dict()}
         )
         self._write_log()
+
+    def _known_names(self) -> list[str]:
+        return [sample.name for sample in self.split.known_anomalies]
 
     def identity(self) -> dict[str, Any]:
         """What a state belongs to: a run goes on only with the same model, configuration and images."""
@@ -352,7 +362,7 @@ class TrainingRun:
             "backbone": self.model.backbone.fingerprint(),
             "training": self.config.as_dict(),
             "normals": [sample.image.name for sample in self.split.normals],
-            "known_anomalies": [f"{sample.defect}/{sample.image.name}" for sample in self.split.known_anomalies],
+            "known_anomalies": self._known_names(),
         }
 
     def save_state(self) -> None:

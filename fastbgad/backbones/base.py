@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import checksum
 from ..errors import FeatureError
 
 # Resizing with a sharp kernel overshoots [0, 1] a little, which is harmless; images in 0..255, or already divided by
@@ -63,13 +63,9 @@ class Backbone(nn.Module):
 
         Two backbones with the same fingerprint compute the same features, so caches and checkpoints are bound to it.
         """
-        digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return checksum(on_cpu, json.dumps(self.config(), sort_keys=True))
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in evaluation mode whatever `mode` is: a frozen network must not update its batch statistics."""

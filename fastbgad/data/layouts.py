@@ -41,6 +41,11 @@ class Sample(NamedTuple):
     label: int  # 0 normal, 1 anomalous
     defect: str  # "good", or the name of the anomaly's type
 
+    @property
+    def name(self) -> str:
+        """Type and file name, which together are unique among a category's test images."""
+        return f"{self.defect}/{self.image.name}"
+
 
 @dataclass(frozen=True)
 class Category:
