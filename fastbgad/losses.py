@@ -30,26 +30,28 @@ def training_loss(
     nor does this.
 
     Returns:
-        `SppLoss`; its boundaries are computed in every phase, so that training shows them from the start.
+        `SppLoss`; its boundaries and its counts of violating rows are computed in every phase, so that training shows
+        them from the start.
     """
-    options = {"beta": config.beta, "tau": config.tau, "normalizer": config.normalizer}
     plain = first_phase or method == "nfad"
     loss = spp_loss(
         lp,
         anomalous,
         channels,
+        beta=config.beta,
+        tau=config.tau,
+        normalizer=config.normalizer,
         lam=0.0 if plain or method == "bgad_dagger" else config.lam,
         ml_form=config.ml_form,
         reduction=config.reduction,
         focal=config.focal and not first_phase,
         push=method == "bgad",
         impl=impl,
-        **options,
     )
     if plain:
         zero = torch.zeros_like(loss.ml.detach())
-        return SppLoss(loss.ml, loss.ml, zero, zero, loss.b_n, loss.b_a)
+        return loss._replace(total=loss.ml, normal=zero, anomalous=zero)
     if method == "bgad_dagger":
         pull, push = contrastive_loss(lp / config.normalizer, anomalous, config.tau, impl=impl)
-        return SppLoss(loss.ml + config.lam * (pull + push), loss.ml, pull, push, loss.b_n, loss.b_a)
+        return loss._replace(total=loss.ml + config.lam * (pull + push), normal=pull, anomalous=push)
     return loss

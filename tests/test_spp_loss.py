@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from fastbgad import reference
 from fastbgad.errors import ConfigError
@@ -51,6 +52,11 @@ def test_equals_oracle(case: str, ml_form: str, reduction: str, focal: bool, pus
         value, truth = (float(getattr(loss, name).detach()) for loss in (fast, exact))
         assert math.isfinite(truth)
         assert value == pytest.approx(truth, rel=rounding, abs=rounding), name
+    for name in ("normal_violations", "anomalous_violations"):
+        count = getattr(fast, name)
+        assert count.dtype == torch.int64
+        assert not count.requires_grad
+        assert torch.equal(count, getattr(exact, name)), name
     assert torch.allclose(fast_lp.grad.double(), exact_lp.grad, rtol=rounding, atol=rounding / len(lp))
 
 
@@ -66,9 +72,13 @@ def test_by_hand() -> None:
         assert float(loss.ml) == pytest.approx(2 * (8 + 2 + 1 + 0) / 4)
         assert float(loss.normal) == pytest.approx(((-0.2 + 0.8) + 0) / 2)  # u = -0.8 and -0.2 violate
         assert float(loss.anomalous) == 0  # u = -0.5 and -3 lie below b_a
+        assert int(loss.normal_violations) == 2
+        assert int(loss.anomalous_violations) == 0
         summed = spp_loss(lp, anomalous, 2, beta=0.3, tau=0.5, reduction="sum", impl=impl)
         assert float(summed.normal) == pytest.approx(0.6)
         assert float(summed.anomalous) == pytest.approx(-0.5 + 0.7)  # b_a = -0.7: u = -0.5 violates
+        half = spp_loss(lp, anomalous, 2, beta=0.3, tau=0.5, push=False, impl=impl)
+        assert int(half.anomalous_violations) == 1  # counted whether or not the term is part of the loss
 
 
 def test_focal_weights_by_hand() -> None:
@@ -116,6 +126,15 @@ def test_contrastive_equals_oracle(case: str) -> None:
     for value, truth in zip(fast, exact, strict=True):
         assert float(value) == pytest.approx(float(truth), rel=1e-12, abs=1e-14)
     assert torch.allclose(fast_u.grad, exact_u.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors without data: what would have to be read on the host raises an error."""
+    with FakeTensorMode():
+        lp, anomalous = torch.randn(50, requires_grad=True), torch.zeros(50, dtype=torch.bool)
+        spp_loss(lp, anomalous, 3, focal=True, impl="torch").total.backward()
+        with pytest.raises(DynamicOutputShapeException):
+            spp_loss(lp, anomalous, 3, impl="reference")
 
 
 @pytest.mark.parametrize("bad", [{"ml_form": "mse"}, {"reduction": "max"}, {"beta": 2.0}, {"impl": "cuda"}])

@@ -1,11 +1,14 @@
 """Which implementation of an operation runs, and checks that every door shares.
 
-`impl` is "auto", "torch" (the portable fast path), "reference" (the oracle) or "triton". An explicit choice never
-falls back silently: it runs or it raises `BackendError`.
+`impl` is "auto", "torch" (the portable fast path), "triton" (the kernels, on a GPU) or "reference" (the oracle). An
+explicit choice never falls back silently: it runs or it raises `BackendError`. "auto" takes the kernels for CUDA
+tensors they support and the portable path everywhere else.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal, get_args
 
 import torch
@@ -13,18 +16,57 @@ from torch import Tensor
 
 from ..errors import BackendError, ConfigError, FeatureError
 
-Impl = Literal["auto", "torch", "reference", "triton"]
+Impl = Literal["auto", "torch", "triton", "reference"]
+# The type of the operands of the kernels' matrix products; sums and everything else are float32.
+Precision = Literal["float16", "float32"]
+
+# Whether the package is there; looking does not import it.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# The kernels' matrix products need the 16-bit tensor cores of Ampere and later.
+SMALLEST_CAPABILITY = (8, 0)
 
 
-def resolve_impl(impl: Impl) -> Literal["torch", "reference"]:
-    """The implementation that will run; raises `ConfigError` for an unknown name, `BackendError` for one not here."""
-    if impl == "auto":
-        return "torch"
-    if impl == "triton":
-        raise BackendError('impl="triton": this release has no Triton kernels yet; use impl="torch" or "auto"')
+def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "reference"]:
+    """The implementation that will run on tensors of `like`'s device and type.
+
+    Raises:
+        ConfigError: an unknown name.
+        BackendError: "triton" for tensors that the kernels cannot take here.
+    """
     if impl not in get_args(Impl):
         raise ConfigError(f"impl is {impl!r}; choose one of {', '.join(get_args(Impl))}")
+    if impl == "auto":
+        return "triton" if like.device.type == "cuda" and why_not_triton(like) is None else "torch"
+    if impl == "triton":
+        obstacle = why_not_triton(like)
+        if obstacle is not None:
+            raise BackendError(f'impl="triton": {obstacle}; use impl="torch" or "auto"')
     return impl
+
+
+def why_not_triton(like: Tensor) -> str | None:
+    """What keeps the kernels from running on tensors like this one; None if nothing does."""
+    if not TRITON_INSTALLED:
+        return "the package triton is not installed"
+    if like.dtype == torch.float64:
+        return "the kernels compute in float32, these tensors are float64"
+    if like.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(like.device)
+        if capability < SMALLEST_CAPABILITY:
+            return f"this GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+        return None
+    if like.device.type == "cpu" and interpreting():
+        return None
+    return f"the kernels run on CUDA tensors, these are on {like.device.type}"
+
+
+def interpreting() -> bool:
+    """Whether kernels are run by Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, for tests of the kernels.
+
+    Read from the environment, as Triton does: its own switch cannot be seen through by torch.compile.
+    """
+    return TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -35,10 +77,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_mask(lp: Tensor, anomalous: Tensor) -> None:
-    """Raises `FeatureError` unless `anomalous` is a bool tensor of lp's one-dimensional shape."""
+    """Raises `FeatureError` unless `anomalous` is a bool tensor of lp's one-dimensional shape, on lp's device."""
     if lp.dim() != 1 or anomalous.shape != lp.shape:
         raise FeatureError(
             f"log-likelihoods and mask must both be [N], not {tuple(lp.shape)} and {tuple(anomalous.shape)}"
         )
     if anomalous.dtype != torch.bool:
         raise FeatureError(f"the mask must be bool (True: anomalous), not {anomalous.dtype}")
+    if anomalous.device != lp.device:
+        raise FeatureError(f"log-likelihoods are on {lp.device} but the mask is on {anomalous.device}")

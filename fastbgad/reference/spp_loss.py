@@ -30,6 +30,8 @@ class SppLoss(NamedTuple):
     anomalous: Tensor  # L_a, semi-push
     b_n: Tensor  # boundary of the normals, detached
     b_a: Tensor  # b_n - tau
+    normal_violations: Tensor  # int64, how many normal rows have u <= b_n
+    anomalous_violations: Tensor  # int64, how many anomalous rows have u >= b_a, whether or not L_a is in the total
 
 
 def ml_loss(lp: Tensor, channels: int, form: str) -> Tensor:
@@ -103,10 +105,12 @@ def spp_loss(
     b_n, b_a = boundary(lp, anomalous, beta, tau, normalizer)
     normal_rows = ~anomalous
     ml = (weights * ml_loss(lp, channels, ml_form))[normal_rows].sum() / max(int(normal_rows.sum()), 1)
-    loss_n, loss_a = semi_push_pull(lp / normalizer, anomalous, b_n, b_a, weights, reduction)
+    u = lp / normalizer
+    loss_n, loss_a = semi_push_pull(u, anomalous, b_n, b_a, weights, reduction)
     if not push:
         loss_a = torch.zeros_like(loss_a)
-    return SppLoss(ml + lam * (loss_n + loss_a), ml, loss_n, loss_a, b_n, b_a)
+    violations = (normal_rows & (u <= b_n)).sum(), (anomalous & (u >= b_a)).sum()
+    return SppLoss(ml + lam * (loss_n + loss_a), ml, loss_n, loss_a, b_n, b_a, *violations)
 
 
 def contrastive_loss(u: Tensor, anomalous: Tensor, margin: float) -> tuple[Tensor, Tensor]:
