@@ -142,9 +142,10 @@ class BGAD(nn.Module):
                 "(float16 overflows in some backbones: use float32 or bfloat16)"
             )
         kind = impl or self.impl
-        anomaly_map = score_map(levels, self.image_size, calibration.level_max, calibration.offset, impl=kind)
+        anomaly_map, image_score = score_map(
+            levels, self.image_size, calibration.level_max, calibration.offset, impl=kind
+        )
         edges = map_thresholds(calibration, self.normalizer)
-        image_score = anomaly_map.amax(dim=(1, 2))
         return Prediction(
             image_score,
             sides(image_score, edges[0], edges[1]),

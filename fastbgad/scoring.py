@@ -40,7 +40,10 @@ def calibrate(
         edge = boundary(rows, torch.zeros_like(rows, dtype=torch.bool), beta=beta, tau=tau, normalizer=normalizer)
         edges.append(torch.stack([edge.b_n, edge.b_a]))
     # With offset 0 the map is the negative summed likelihood.
-    lowest = [score_map([lp[i : i + 1] for lp in levels], size, level_max, 0.0).min() for i in range(len(levels[0]))]
+    lowest = [
+        score_map([lp[i : i + 1] for lp in levels], size, level_max, 0.0).anomaly_map.min()
+        for i in range(len(levels[0]))
+    ]
     return Calibration(level_max, -torch.stack(lowest).min(), torch.stack(edges))
 
 
@@ -82,5 +85,5 @@ def official_anomaly_maps(
     compare. Source: the official BGAD.
     """
     level_max = torch.stack([lp.max() for lp in levels])
-    maps = score_map(levels, size, level_max, 0.0, impl=impl)
+    maps = score_map(levels, size, level_max, 0.0, impl=impl).anomaly_map
     return maps - maps.min()
