@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .flow_spec import CouplingWeights, FlowSpec
-from .ops import FlowOutput, Impl, PositionalRows, flow_forward, flow_inverse
+from .ops import FlowOutput, FlowPack, Geometry, Impl, PositionalRows, Precision, flow_forward, flow_inverse, pack_flow
+from .ops.dispatch import resolve_impl
+from .ops.flow import is_wide
 
 
 class CouplingLayer(nn.Module):
@@ -51,13 +53,16 @@ class ConditionalFlow(nn.Module):
         spec: the shape of the flow.
         seed: seed of the initial weights; the global random state is left alone.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
+        precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
     """
 
-    def __init__(self, spec: FlowSpec, *, seed: int = 0, impl: Impl = "auto") -> None:
+    def __init__(self, spec: FlowSpec, *, seed: int = 0, impl: Impl = "auto", precision: Precision = "float16") -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.spec = spec
         self.impl: Impl = impl
+        self.precision: Precision = precision
+        self._packs: dict[tuple[Geometry, torch.device], tuple[tuple[tuple[int, int], ...], FlowPack]] | None = None
         self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
 
     def weights(self) -> list[CouplingWeights]:
@@ -69,11 +74,45 @@ class ConditionalFlow(nn.Module):
         x: Tensor,  # [N, C]
         condition: PositionalRows | Tensor | None = None,  # or [N, P]
         *,
+        rows: Tensor | None = None,  # [N] into x
         return_z: bool = False,
         impl: Impl | None = None,
     ) -> FlowOutput:
         """Log-likelihood per dimension, log-determinant and, if asked, the latent of N rows; see `ops.flow_forward`."""
-        return flow_forward(x, self.weights(), self.spec, condition, return_z=return_z, impl=impl or self.impl)
+        kind = impl or self.impl
+        return flow_forward(
+            x, self.weights(), self.spec, condition, rows=rows, return_z=return_z, impl=kind,
+            precision=self.precision, pack=self._pack(x, condition, kind),
+        )  # fmt: skip
+
+    def freeze(self) -> ConditionalFlow:
+        """For inference: the kernels' form of the weights is made once and kept, instead of at every call.
+
+        Weights that change afterwards are noticed where PyTorch counts changes (optimisers, `load_state_dict`, in-place
+        operations), and packed again; what writes behind its back (`parameter.data`, a CUDA graph) needs another
+        `freeze`. Gradients and the other implementations are not affected. Returns self.
+        """
+        self._packs = {}
+        return self
+
+    def _pack(self, x: Tensor, condition: PositionalRows | Tensor | None, impl: Impl) -> FlowPack | None:
+        """The kept form of the weights, if this call is one that can use it."""
+        parameters = list(self.parameters())
+        if (
+            self._packs is None
+            or torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
+            or resolve_impl(impl, x) != "triton"
+            or is_wide(self.spec, self.precision, needs_grad=False)
+        ):
+            return None
+        key = Geometry.of(condition, self.precision), x.device
+        state = tuple((p.data_ptr(), p._version) for p in parameters)
+        kept = self._packs.get(key)
+        if kept is None or kept[0] != state:
+            kept = state, pack_flow(self.weights(), self.spec, key[0])
+            self._packs[key] = kept
+        return kept[1]
 
     def inverse(self, z: Tensor, condition: PositionalRows | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, C] and the log-determinant of the inverse's Jacobian [N]."""

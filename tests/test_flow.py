@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastbgad import reference
-from fastbgad.errors import BackendError, ConfigError, FeatureError
+from fastbgad.errors import ConfigError, FeatureError
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.ops import PositionalRows, flow_forward, flow_inverse
@@ -18,14 +20,7 @@ from tests.flows import budget, double, lively_flow, relative_error
 DTYPES = [torch.float32, torch.float64]
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every uninitialised buffer holds NaN, so a place that is never written shows."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.isnan(torch.empty(3)).all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def condition_of(kind: str, rows: int, channels: int) -> tuple[PositionalRows | Tensor | None, int]:
@@ -230,11 +225,32 @@ def test_bad_input(x: Tensor, condition: PositionalRows | Tensor | None, message
 
 
 def test_explicit_impl_never_falls_back() -> None:
-    flow = ConditionalFlow(FlowSpec(8, coupling_layers=1))
-    with pytest.raises(BackendError, match="no Triton kernels"):
-        flow(torch.zeros(4, 8), PositionalRows(2, 2), impl="triton")
+    """On a CPU, without the interpreter that the tests of the kernels use."""
+    script = """
+import torch, fastbgad
+from fastbgad.ops import boundary, score_map, spp_loss
+flow, rows, mask = fastbgad.ConditionalFlow(fastbgad.FlowSpec(8)), torch.zeros(4, 8), torch.zeros(4, dtype=torch.bool)
+for call in (
+    lambda: flow(rows, fastbgad.PositionalRows(2, 2), impl="triton"),
+    lambda: boundary(rows[:, 0], mask, impl="triton"),
+    lambda: spp_loss(rows[:, 0], mask, 8, impl="triton"),
+    lambda: score_map([rows.view(1, 4, 8)], (8, 8), torch.zeros(1), 0.0, impl="triton"),
+):
+    try:
+        call()
+    except fastbgad.FastBGADError as error:
+        print(type(error).__name__, error)
+flow(rows, fastbgad.PositionalRows(2, 2))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("BackendError") and "the kernels run on CUDA tensors" in line for line in lines)
     with pytest.raises(ConfigError, match="choose one of"):
-        flow(torch.zeros(4, 8), PositionalRows(2, 2), impl="fast")
+        ConditionalFlow(FlowSpec(8))(torch.zeros(4, 8), PositionalRows(2, 2), impl="fast")
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,35 @@
 """One door per operation: check the input, choose the implementation, call it.
 
-`impl="auto"` takes the fastest implementation there is for the tensors given, "torch" the portable fast path,
-"reference" the oracle. An explicit choice never falls back silently.
+`impl="auto"` takes the fastest implementation there is for the tensors given: "triton", the kernels, for CUDA tensors,
+else "torch", the portable fast path; "reference" is the oracle. An explicit choice never falls back silently.
 """
 
 from .boundary import Boundary, boundary
-from .dispatch import Impl, resolve_impl
+from .debug import debug_checks
+from .dispatch import Impl, Precision, resolve_impl
 from .flow import FlowOutput, flow_forward, flow_inverse
+from .flow_triton import FlowPack, Geometry, pack_flow
 from .positional import PositionalRows
-from .score_map import score_map
+from .score_map import ScoreMap, score_map
 from .spp_loss import MlForm, Reduction, contrastive_loss, spp_loss
 
 __all__ = [
     "Boundary",
     "FlowOutput",
+    "FlowPack",
+    "Geometry",
     "Impl",
     "MlForm",
     "PositionalRows",
+    "Precision",
     "Reduction",
+    "ScoreMap",
     "boundary",
     "contrastive_loss",
+    "debug_checks",
     "flow_forward",
     "flow_inverse",
+    "pack_flow",
     "resolve_impl",
     "score_map",
     "spp_loss",

@@ -1,22 +1,29 @@
 """The door to the flow: features in, log-likelihood per dimension out.
 
-Oracle: `fastbgad.reference.flow_forward`. Portable fast path: `fastbgad.ops.flow_torch`.
+Oracle: `fastbgad.reference.flow_forward`. Portable fast path: `flow_torch`. Kernels: `flow_triton` for up to 256
+channels, whose rows stay on the chip through all layers; `flow_wide` beyond.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import ConfigError, FeatureError
+from ..errors import BackendError, ConfigError, FeatureError
 from ..flow_spec import CouplingWeights, FlowSpec
-from . import flow_torch
-from .dispatch import Impl, compute_dtype, resolve_impl
+from . import flow_torch, flow_triton, flow_wide
+from .debug import check_values, debugging
+from .dispatch import Impl, Precision, compute_dtype, resolve_impl
+from .flow_triton import FlowPack, Geometry, pack_flow
 from .positional import PositionalRows
+
+# Up to here a row stays on the chip through all layers; so say `flow_weights` and `flow_backward` in fastbgad.kernels.
+MOST_CHANNELS = 256
+MOST_CHANNELS_FLOAT32_GRADIENTS = 64
 
 
 class FlowOutput(NamedTuple):
@@ -28,42 +35,86 @@ class FlowOutput(NamedTuple):
 
 
 def flow_forward(
-    x: Tensor,  # [N, C]
+    x: Tensor,  # [N, C], or [R, C] with rows
     layers: Sequence[CouplingWeights],
     spec: FlowSpec,
     condition: PositionalRows | Tensor | None = None,
     *,
+    rows: Tensor | None = None,  # [N] into x
     return_z: bool = False,
     impl: Impl = "auto",
     chunk_rows: int | None = None,
+    precision: Precision = "float16",
+    recompute: bool | None = None,
+    pack: FlowPack | None = None,
 ) -> FlowOutput:
     """Carries N patch features through all coupling layers.
 
     Args:
         x: [N, C] features, any floating-point type. The arithmetic and the results are float64 for float64 input,
             float32 otherwise; autocast does not change that.
-        layers: the weights of the coupling layers; gradients flow to all of them but W_perm.
+        layers: the weights of the coupling layers; gradients flow to all of them but W_perm, which must be orthogonal.
         spec: the shape of the flow.
         condition: `PositionalRows` (the separable fast path), a dense [N, P] tensor, or None for an unconditional flow.
+        rows: int32 or int64 [N]: the flow sees x[rows] and the condition of those rows. `condition` then describes all
+            R rows of x: whole maps (`PositionalRows` without an index) or [R, P]. The kernels gather by themselves.
         return_z: also return the latent.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "torch", "triton" or "reference".
         chunk_rows: rows that go through the layers together (impl "torch"); None chooses by the cache.
+        precision: operands of the kernels' matrix products (impl "triton"): "float16" with float32 accumulation and an
+            accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32".
+        recompute: whether the kernels' backward computes activations again instead of keeping them; None does so for
+            a million rows, not for a training step.
+        pack: the same weights packed before (`pack_flow`), for the kernels' inference; see `ConditionalFlow.freeze`.
 
     Returns:
-        `FlowOutput(log_likelihood [N], log_det [N], z [N, C] or None)`.
+        `FlowOutput(log_likelihood [N], log_det [N], z [N, C] or None)`. A row whose features hold NaN or Inf has NaN
+        (or Inf) results and touches no other row. With the kernels so does a row whose index is out of range or whose
+        features leave the range of `precision`, and in the backward these rows are left out.
 
     Raises:
-        FeatureError: shapes or types that do not fit the spec.
+        FeatureError: shapes, types or devices that do not fit the spec; inside `debug_checks` also values.
         BackendError, ConfigError: see `fastbgad.ops.dispatch`.
 
     Source: Yao et al., CVPR 2023; FrEIA's AllInOneBlock.
     """
-    kind = resolve_impl(impl)
-    _check(x, layers, spec, condition)
+    kind = resolve_impl(impl, x)
+    _check(x, layers, spec, condition, rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ConfigError(f"chunk_rows is {chunk_rows}; it must be at least 1")
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(get_args(Precision))}")
+    if debugging():
+        check_values(x, layers, condition, rows)
     dtype = compute_dtype(x)
+    weights = [tensor for layer in layers for tensor in layer]
+    dense = condition if isinstance(condition, Tensor) else None
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, *weights, *(() if dense is None else (dense,)))
+    )
+    wide = is_wide(spec, precision, needs_grad)
+    if kind == "triton" and needs_grad and dense is not None and dense.requires_grad and not wide:
+        if impl == "triton":
+            raise BackendError(
+                'impl="triton" has no gradient for a dense condition; use impl="torch", or detach the condition'
+            )
+        kind = "torch"
+    # The kernels gather rows by themselves, except where x needs a gradient, wide flows and the other implementations.
+    if rows is not None and (kind != "triton" or wide or x.requires_grad):
+        x, condition, rows = x[rows.long()], _gathered(condition, rows), None
     with torch.autocast(x.device.type, enabled=False):
+        if kind == "triton":
+            if wide:
+                return FlowOutput(*flow_wide.forward(x, layers, spec, condition, return_z, precision))
+            if needs_grad:
+                options = (return_z, precision, recompute)
+                return FlowOutput(*flow_triton.train(x, layers, spec, condition, rows, *options))
+            geometry = Geometry.of(condition, precision)
+            if pack is None:
+                pack = pack_flow(layers, spec, geometry)
+            elif pack.geometry != geometry:
+                raise ConfigError(f"the weights were packed for {pack.geometry} but are used for {geometry}")
+            return FlowOutput(*flow_triton.infer(x, pack, spec, condition, rows, return_z))
         x = x.to(dtype)
         dense = condition.to(dtype) if isinstance(condition, Tensor) else None
         positions = condition if isinstance(condition, PositionalRows) else None
@@ -72,16 +123,26 @@ def flow_forward(
                 dense = positions.dense(len(x), dtype, x.device)
             z, log_det = reference.flow_forward(x, [_cast(layer, dtype) for layer in layers], spec, dense)
             return FlowOutput(reference.log_likelihood(z, log_det), log_det, z if return_z else None)
-        weights = [tensor for layer in layers for tensor in layer]
-        needs_grad = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *weights, *(() if dense is None else (dense,)))
-        )
         if needs_grad:
             step = chunk_rows or flow_torch.TRAINING_CHUNK_ROWS
             lp, log_det, latent = flow_torch.FlowFunction.apply(x, dense, positions, spec, step, *weights)
             return FlowOutput(lp, log_det, latent if return_z else None)
         step = chunk_rows or flow_torch.CHUNK_ROWS
         return FlowOutput(*flow_torch.infer(x, layers, spec, positions, dense, return_z, step))
+
+
+def is_wide(spec: FlowSpec, precision: Precision, needs_grad: bool) -> bool:
+    """Whether a flow has too many channels to keep its rows on the chip through all layers."""
+    most = MOST_CHANNELS_FLOAT32_GRADIENTS if needs_grad and precision == "float32" else MOST_CHANNELS
+    return spec.channels > most
+
+
+def _gathered(condition: PositionalRows | Tensor | None, rows: Tensor) -> PositionalRows | Tensor | None:
+    """The condition of the selected rows alone."""
+    if isinstance(condition, PositionalRows):
+        position = rows.long() % (condition.height * condition.width)
+        return PositionalRows(condition.height, condition.width, position, condition.channels)
+    return None if condition is None else condition[rows.long()]
 
 
 def flow_inverse(
@@ -107,12 +168,27 @@ def _cast(layer: CouplingWeights, dtype: torch.dtype) -> CouplingWeights:
 
 
 def _check(
-    x: Tensor, layers: Sequence[CouplingWeights], spec: FlowSpec, condition: PositionalRows | Tensor | None
+    x: Tensor,
+    layers: Sequence[CouplingWeights],
+    spec: FlowSpec,
+    condition: PositionalRows | Tensor | None,
+    rows: Tensor | None = None,
 ) -> None:
     if x.dim() != 2 or x.shape[1] != spec.channels:
         raise FeatureError(f"features must be [N, {spec.channels}] for this flow, not {tuple(x.shape)}")
     if len(layers) != spec.coupling_layers:
         raise FeatureError(f"{len(layers)} layers of weights for a flow of {spec.coupling_layers} coupling layers")
+    if layers[0].w1.device != x.device:
+        raise FeatureError(f"the features are on {x.device} but the flow is on {layers[0].w1.device}")
+    if rows is not None:
+        if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise FeatureError(f"rows must be int32 or int64 [N], not {rows.dtype} {tuple(rows.shape)}")
+        if rows.device != x.device:
+            raise FeatureError(f"the features are on {x.device} but rows is on {rows.device}")
+        if isinstance(condition, PositionalRows) and condition.index is not None:
+            raise FeatureError("rows= selects from whole maps: give a PositionalRows without an index")
+        if x.device.type == "cpu" and len(rows) and not (rows.min() >= 0 and rows.max() < len(x)):
+            raise FeatureError(f"rows must lie in [0, {len(x)}), not in [{int(rows.min())}, {int(rows.max())}]")
     if isinstance(condition, PositionalRows):
         condition.check_rows(len(x))
         channels = condition.channels
@@ -121,6 +197,8 @@ def _check(
     else:
         if condition.dim() != 2 or len(condition) != len(x):
             raise FeatureError(f"the condition must be [{len(x)}, P], not {tuple(condition.shape)}")
+        if condition.device != x.device:
+            raise FeatureError(f"the features are on {x.device} but the condition is on {condition.device}")
         channels = condition.shape[1]
     if channels != spec.condition_channels:
         raise FeatureError(f"the flow takes a condition of {spec.condition_channels} channels, got {channels}")

@@ -1,0 +1,128 @@
+"""The weights of a flow as the kernels read them: stacked over layers, split into halves, padded with zeros.
+
+A tile in registers cannot be sliced, so the two halves of a row are two tiles of K channels each, K the power of two
+that holds C1, and the permutation is four quadrants. Padding is zero throughout, so padded channels stay zero in every
+layer and no inner loop needs a mask.
+
+The positional condition is separable, W1p p(h, w) + b1 = A[w] + B[h]: two tables take the place of a product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The hidden channels are padded to this, a multiple of every tile size BH that the kernels are launched with.
+HIDDEN_MULTIPLE = 64
+# Largest number of channels whose rows stay on the chip through all layers.
+MOST_CHANNELS = 256
+
+
+class FlowWeights(NamedTuple):
+    """L layers; C1 + C2 = C channels, K >= C1 of each half in a tile; H hidden, HP of them stored.
+
+    "operand" is the type that matrix products read, float16 or float32.
+    """
+
+    w1x: Tensor  # [L, HP, K] operand, first linear layer on x1
+    w1p: Tensor  # [L, HP, PP] operand, first linear layer on a dense condition; empty without one
+    bias: Tensor  # [L, HP] float32, b1
+    tables: Tensor  # [L, height + width, HP] operand, B above A (which holds b1 too); empty without positions
+    codes: Tensor  # [height + width, PP / 2] operand, the positions' codes; empty without positions
+    w2: Tensor  # [L, 2, K, HP] operand, second linear layer: rows of s, rows of t
+    b2: Tensor  # [L, 2, K] float32
+    affine: Tensor  # [L, 2, 2, K] float32: g and offset, each of both halves
+    w_perm: Tensor  # [L, S, 2, 2, K, K] operand: S parts (high, low), from half, to half, from channel, to channel
+    perm_index: (
+        Tensor  # [L, 2, 2, K] int32, hard permutation: where each channel comes from, there and back; else empty
+    )
+    log_g: Tensor  # [1] float32, sum of log g over channels and layers
+
+
+def tile_channels(channels: int) -> int:
+    """K: the power of two, at least 16, that holds the larger half of `channels`."""
+    return max(16, 1 << (channels - channels // 2 - 1).bit_length())
+
+
+def pack(
+    w1: Tensor,  # [L, H, C1 + P]
+    b1: Tensor,  # [L, H]
+    w2: Tensor,  # [L, 2 * C2, H]
+    b2: Tensor,  # [L, 2 * C2]
+    g: Tensor,  # [L, C]
+    offset: Tensor,  # [L, C]
+    w_perm: Tensor,  # [L, C, C]
+    codes: tuple[Tensor, Tensor] | None,  # [height, P / 2] of the lines and [width, P / 2] of the columns
+    dense: bool,
+    hard: bool,
+    dtype: torch.dtype,
+) -> FlowWeights:
+    """Stacked float32 weights to `FlowWeights`; a few launches that do not depend on the number of rows.
+
+    `codes` makes tables for positions, `dense` keeps the columns of W1 that see a dense condition; neither for an
+    unconditional flow. `hard`: W_perm is a permutation matrix.
+    """
+    layers, hidden, inputs = w1.shape
+    channels = g.shape[1]
+    c2 = channels // 2
+    c1, k = channels - c2, tile_channels(channels)
+    padded = -(-hidden // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+    p = inputs - c1
+
+    w1x = w1.new_zeros(layers, padded, k, dtype=dtype)
+    w1x[:, :hidden, :c1] = w1[:, :, :c1]
+    bias = w1.new_zeros(layers, padded)
+    bias[:, :hidden] = b1
+    w1p = w1.new_zeros(layers, padded, tile_condition(p), dtype=dtype) if dense else w1.new_zeros(0, dtype=dtype)
+    if dense:
+        w1p[:, :hidden, :p] = w1[:, :, c1:]
+    tables, packed_codes = w1.new_zeros(0, dtype=dtype), w1.new_zeros(0, dtype=dtype)
+    if codes is not None:
+        lines, columns = codes
+        half = p // 2
+        tables = w1.new_zeros(layers, len(lines) + len(columns), padded, dtype=dtype)
+        # The code of a place is that of its column followed by that of its line.
+        tables[:, : len(lines), :hidden] = lines @ w1[:, :, c1 + half :].mT
+        tables[:, len(lines) :, :hidden] = columns @ w1[:, :, c1 : c1 + half].mT + b1[:, None]
+        packed_codes = w1.new_zeros(len(lines) + len(columns), tile_condition(p) // 2, dtype=dtype)
+        packed_codes[:, :half] = torch.cat([lines, columns])
+
+    packed_w2 = w1.new_zeros(layers, 2, k, padded, dtype=dtype)
+    packed_w2[:, :, :c2, :hidden] = w2.view(layers, 2, c2, hidden)
+    packed_b2 = w1.new_zeros(layers, 2, k)
+    packed_b2[:, :, :c2] = b2.view(layers, 2, c2)
+    affine = w1.new_zeros(layers, 2, 2, k)
+    for i, values in enumerate((g, offset)):
+        affine[:, i, 0, :c1] = values[:, :c1]
+        affine[:, i, 1, :c2] = values[:, c1:]
+
+    perm_index = torch.empty(0, dtype=torch.int32, device=w1.device)
+    packed_perm = w1.new_zeros(0, dtype=dtype)
+    if hard:
+        # out[i] = v[there[i]] and v[j] = out[back[j]]
+        source = torch.stack([w_perm.argmax(dim=2), w_perm.argmax(dim=1)], dim=1).int()  # [L, 2, C]
+        # Channels of the second half stand K further on, behind the first half's padding; padding comes from padding.
+        source = torch.where(source < c1, source, source - c1 + k)
+        perm_index = torch.full((layers, 2, 2, k), 2 * k - 1, dtype=torch.int32, device=w1.device)
+        perm_index[:, :, 0, :c1] = source[:, :, :c1]
+        perm_index[:, :, 1, :c2] = source[:, :, c1:]
+    else:
+        quadrants = w1.new_zeros(layers, 2, 2, k, k)
+        transposed = w_perm.mT  # out = v W_perm^T
+        for i, rows in enumerate((slice(0, c1), slice(c1, None))):
+            for j, columns_ in enumerate((slice(0, c1), slice(c1, None))):
+                quadrants[:, i, j, : (c1, c2)[i], : (c1, c2)[j]] = transposed[:, rows, columns_]
+        high = quadrants.to(dtype)
+        parts = [high, (quadrants - high.float()).to(dtype)] if dtype == torch.float16 else [high]
+        packed_perm = torch.stack(parts, dim=1)
+    log_g = g.log().sum().reshape(1)
+    return FlowWeights(
+        w1x, w1p, bias, tables, packed_codes, packed_w2, packed_b2, affine, packed_perm, perm_index, log_g
+    )
+
+
+def tile_condition(channels: int) -> int:
+    """PP: the power of two, at least 32, that holds the condition; its halves are products of their own."""
+    return max(32, 1 << (channels - 1).bit_length())
