@@ -4,6 +4,8 @@
 #   make test            all tests
 #   make check           ruff and mypy
 #   make bench           the benchmarks, side by side with FrEIA and scikit-learn
+#   make gpu             on a CUDA GPU: equivalence of every kernel, tuning, benchmarks; nine minutes
+#   make resources       what every kernel needs of the chip, checked against its budget; needs no GPU
 #
 # Without a GPU, PyTorch's CPU wheels save several GB:
 #   make test TORCH_INDEX=<the CPU index URL shown by the "Get Started" page of pytorch.org>
@@ -14,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu resources clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
@@ -29,6 +31,18 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks
+
+# Takes the python3 that has PyTorch, Triton and this package, where there is one; else .venv.
+GPU_IMPORTS := import torch, triton, pytest, fastbgad.kernels
+gpu:
+	@if $(PYTHON) -c "$(GPU_IMPORTS)" 2>/dev/null; then \
+		$(PYTHON) benchmarks/gpu.py $(ARGS); \
+	else \
+		$(MAKE) $(VENV)/installed && $(BIN)/python benchmarks/gpu.py $(ARGS); \
+	fi
+
+resources: $(VENV)/installed
+	$(BIN)/python -m fastbgad.kernels.resources
 
 # torch first, from the index of choice; everything else then accepts what is there.
 $(VENV)/installed: pyproject.toml constraints.txt

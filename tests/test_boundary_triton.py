@@ -10,10 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fastbgad.kernels.boundary import SMALL_LIMIT, TILE, boundary_finish, boundary_histograms
-
 from fastbgad import reference
 from fastbgad.errors import BackendError
+from fastbgad.kernels.boundary import SMALL_LIMIT, TILE, boundary_finish, boundary_histograms
 from fastbgad.ops import boundary
 from fastbgad.ops.boundary_triton import boundary_op
 
@@ -40,6 +39,7 @@ def require_equal(got: tuple[Tensor, ...], lp: Tensor, anomalous: Tensor, *optio
     assert int(got[2]) == int((~anomalous).sum())
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("rows", [0, 1, 2, 63, 1023, 1025, 4096, SMALL_LIMIT + 1, 2 * TILE + 77])
 @pytest.mark.parametrize("kind", ["random", "ties", "special"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastbgad.kernels.tiles import default_tiles, use_tiles
 from torch import Tensor
 
 from fastbgad import reference
 from fastbgad.errors import BackendError, ConfigError, FeatureError
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
+from fastbgad.kernels.tiles import default_tiles, use_tiles
 from fastbgad.ops import FlowOutput, Geometry, PositionalRows, Precision, debug_checks, flow_forward, pack_flow
 from fastbgad.ops.flow_triton import flow_infer, flow_train, gradient_scale
 from tests.flows import active_units, double, lively_flow, reference_with_masks, whole_error
@@ -161,6 +161,7 @@ def test_forward(precision: Precision, kind: str, rows: int, channels: int, devi
     assert torch.equal(problem.run(precision).log_likelihood, out.log_likelihood)
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize(("rows", "channels"), [(1023, 40), (63, 72), (40, 200), (33, 256), (20, 2)])
 def test_forward_of_eight_layers(precision: Precision, rows: int, channels: int, device: torch.device) -> None:
@@ -170,6 +171,7 @@ def test_forward_of_eight_layers(precision: Precision, rows: int, channels: int,
     assert whole_error(problem.run(precision).log_likelihood, lp) < LP_TOLERANCE[precision]
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("channels", [40, 200])
 def test_maps_of_eight_layers(precision: Precision, channels: int, device: torch.device) -> None:
@@ -192,6 +194,7 @@ def test_maps_of_any_shape(height: int, width: int, maps: int, device: torch.dev
     assert whole_error(out.log_likelihood, reference.log_likelihood(z, log_det)) < LP_TOLERANCE["float32"]
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize(
     ("kind", "rows", "channels"),
@@ -210,6 +213,7 @@ def test_gradients(precision: Precision, kind: str, rows: int, channels: int, de
         assert whole_error(value, exact[name]) < GRADIENT_TOLERANCE[precision], name
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("channels", [40, 200])
 def test_gradients_of_eight_layers(channels: int, device: torch.device) -> None:
     """From lp alone, as in training."""

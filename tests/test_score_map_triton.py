@@ -36,6 +36,7 @@ def check(found: ScoreMap, levels: list[Tensor], size: tuple[int, int], level_ma
     assert torch.equal(found.image_score, found.anomaly_map.amax(dim=(1, 2)))
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (64, 48), (65, 33)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_equals_oracle(size: tuple[int, int], batch: int, device: torch.device) -> None:

@@ -78,6 +78,7 @@ def require_close(value: Tensor, truth: Tensor, rows: int, name: str) -> None:
     assert torch.allclose(value, truth, rtol=rounding, atol=smallest, equal_nan=True), (name, value, truth)
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(map(str, choice.values())))
 @pytest.mark.usefixtures("poisoned")
