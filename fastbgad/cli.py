@@ -15,7 +15,7 @@ from .config import PRESETS, Method, TrainConfig
 from .errors import MissingDependencyError
 from .evaluation import CalibrationName
 from .features import Placement
-from .ops import Impl
+from .ops import Impl, Precision
 from .prediction import MapFormat
 
 try:
@@ -94,7 +94,9 @@ class Train:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     impl: Impl = "auto"
-    """Implementation of the operations; auto takes the fastest there is."""
+    """Implementation of the operations; auto takes the fastest there is: triton on a GPU, torch elsewhere."""
+    precision: Precision = "float16"
+    """Operands of the kernels' matrix products on a GPU: float16 (sums in float32), or float32."""
     placement: Placement = "auto"
     """Where extracted features are kept."""
     workers: int = 2

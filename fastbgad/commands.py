@@ -66,6 +66,7 @@ def _train(command: Train) -> int:
         normalizer=config.loss.normalizer,
         seed=config.seed,
         impl=command.impl,
+        precision=command.precision,
     ).to(device)
     print(
         f"{category.name}: {len(split.normals)} normal images, {len(split.known_anomalies)} known anomalies, "

@@ -119,18 +119,29 @@ class FeatureStore:
             small = cell_mask(masks, (height, width), self.cell_labels)
             self.masks[level].index_copy_(0, index, small.reshape(-1, height * width).to(self._home))
 
-    def gather(
+    def rows(
         self,
         level: int,
         slot: Tensor,  # int64 [n]
         position: Tensor,  # int64 [n], y * width + x
-    ) -> tuple[Tensor, Tensor]:
-        """The features [n, C] and the mask [n] of patches, on the training device."""
-        area = self.levels[level].shape[1]
-        row = (slot * area + position).to(self._home)
-        features = self.levels[level].reshape(-1, self.levels[level].shape[2])[row]
-        masks = self.masks[level].reshape(-1)[row]
-        return features.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True)
+    ) -> Tensor:
+        """The numbers int64 [n] of patches among all patches of a level, where the features are."""
+        return (slot * self.levels[level].shape[1] + position).to(self._home, non_blocking=True)
+
+    def patches(self, level: int) -> Tensor | None:
+        """All patches of a level, [slots * h * w, C], if they are on the training device; None if they are elsewhere.
+
+        The flow gathers from them by itself: `flow(patches, ..., rows=rows)`.
+        """
+        return self.levels[level].flatten(0, 1) if self._home == self.device else None
+
+    def gather(self, level: int, rows: Tensor) -> Tensor:
+        """The features [n, C] of patches, on the training device."""
+        return self.levels[level].flatten(0, 1)[rows].to(self.device, non_blocking=True)
+
+    def labels(self, level: int, rows: Tensor) -> Tensor:
+        """Which of the patches are anomalous, bool [n], on the training device."""
+        return self.masks[level].flatten()[rows].to(self.device, non_blocking=True)
 
     def maps(self, level: int, slots: slice) -> Tensor:
         """The features of some images as [n, h * w, C], on the training device."""

@@ -107,7 +107,7 @@ class ConditionalFlow(nn.Module):
         ):
             return None
         key = Geometry.of(condition, self.precision), x.device
-        state = tuple((p.data_ptr(), p._version) for p in parameters)
+        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
         kept = self._packs.get(key)
         if kept is None or kept[0] != state:
             kept = state, pack_flow(self.weights(), self.spec, key[0])

@@ -15,7 +15,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .config import FlowConfig
 from .errors import CheckpointError, FastBGADError, FeatureError
 from .flow import ConditionalFlow
-from .ops import Impl, score_map
+from .ops import Impl, Precision, score_map
 from .scoring import Calibration, map_thresholds, patch_sides, sides
 
 
@@ -40,6 +40,7 @@ class BGAD(nn.Module):
         normalizer: log-likelihoods are divided by it before they meet the boundary.
         seed: seed of the flows' initial weights; the global random state is left alone.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
+        precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
 
     A new model has random flows and no calibration: `fastbgad.fit` trains it, `BGAD.load` reads a trained one.
     """
@@ -57,6 +58,7 @@ class BGAD(nn.Module):
         normalizer: float = 10.0,
         seed: int = 0,
         impl: Impl = "auto",
+        precision: Precision = "float16",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -65,7 +67,7 @@ class BGAD(nn.Module):
         self.normalizer = normalizer
         self.impl: Impl = impl
         self.flows = nn.ModuleList(
-            ConditionalFlow(self.flow_config.spec(channels), seed=1000 * seed + level, impl=impl)
+            ConditionalFlow(self.flow_config.spec(channels), seed=1000 * seed + level, impl=impl, precision=precision)
             for level, channels in enumerate(backbone.channels)
         )
         levels = len(backbone.channels)
@@ -181,8 +183,17 @@ class BGAD(nn.Module):
         )
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "cpu", impl: Impl = "auto") -> BGAD:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        impl: Impl = "auto",
+        precision: Precision = "float16",
+    ) -> BGAD:
         """Reads a detector that `save` wrote. Needs no download: the backbone's weights are in the file.
+
+        Its flows are frozen for inference (`ConditionalFlow.freeze`).
 
         Raises:
             CheckpointError: missing, damaged, or not a model of this version of fastbgad.
@@ -199,6 +210,7 @@ class BGAD(nn.Module):
                 flow=FlowConfig(**architecture["flow"]),
                 normalizer=architecture["normalizer"],
                 impl=impl,
+                precision=precision,
             )
         except (KeyError, TypeError, FastBGADError) as error:
             raise CheckpointError(
@@ -211,6 +223,8 @@ class BGAD(nn.Module):
                 f"the tensors in {path} do not fit the architecture it describes: {_first_lines(error)}"
             ) from error
         model.history = metadata.get("history", {})
+        for level in range(len(model.flows)):
+            model.flow(level).freeze()
         return model.to(device).eval()
 
 

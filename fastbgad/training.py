@@ -260,9 +260,15 @@ class TrainingRun:
         flow, condition_channels = self.model.flow(level), self.model.flow_config.condition_channels
         key = (self.config.seed, self.pass_index, self.batch_index, level)
         for slot, position in patch_chunks(slots, height * width, self.config.schedule.chunk_rows, key):
-            rows, anomalous = self.store.gather(level, slot, position)
-            where = PositionalRows(height, width, position, condition_channels) if condition_channels else None
-            lp = flow(rows, where).log_likelihood
+            rows = self.store.rows(level, slot, position)
+            anomalous = self.store.labels(level, rows)
+            patches = self.store.patches(level)
+            if patches is not None:
+                where = PositionalRows(height, width, channels=condition_channels) if condition_channels else None
+                lp = flow(patches, where, rows=rows).log_likelihood
+            else:
+                where = PositionalRows(height, width, position, condition_channels) if condition_channels else None
+                lp = flow(self.store.gather(level, rows), where).log_likelihood
             loss = training_loss(lp, anomalous, channels, self.config.method, self.config.loss, first_phase=first_phase)
             self.optimizer.zero_grad(set_to_none=not self.config.schedule.adam_coasting)
             loss.total.backward()

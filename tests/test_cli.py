@@ -112,12 +112,15 @@ def bad_mask(root: Path) -> None:
         (["--backbone", "resnet1800"], "resnet1800"),
         (["--backbone", "resnet18", "--weights", "/no/such/file.pth"], "/no/such/file.pth"),
         (["--device", "cuda:99"], "not on this machine"),
-        (["--impl", "triton"], "no Triton kernels"),
+        (["--impl", "triton", "--device", "cpu"], "the kernels run on CUDA tensors"),
         (["--types", "rust"], "rust"),
     ],
 )
-def test_one_clear_error(run, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+def test_one_clear_error(
+    run, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
     root, _ = run
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(train(root, tmp_path / "out", *arguments)) == 2
     error = capsys.readouterr().err
     assert message in error

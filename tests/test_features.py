@@ -36,7 +36,12 @@ def test_round_trip(backbone, tmp_path: Path, placement: str, dtype: torch.dtype
     features = backbone(images)
     for level, (channels, height, width) in enumerate(store.shapes):
         slot, position = torch.tensor([4, 2, 1, 4]), torch.tensor([0, height * width - 1, width + 1, 3])
-        rows, anomalous = store.gather(level, slot, position)
+        index = store.rows(level, slot, position)
+        rows, anomalous = store.gather(level, index), store.labels(level, index)
+        patches = store.patches(level)
+        assert (patches is None) == (placement == "disk" and store.device.type != "cpu")
+        if patches is not None:
+            assert torch.equal(patches[index], rows)
         image = torch.tensor([0, 3, 1, 0])
         expected = features[level].permute(0, 2, 3, 1).reshape(4, -1, channels)[image, position]
         assert rows.dtype == dtype
