@@ -3,7 +3,7 @@
     pytest benchmarks/bench_flow.py
 
 Contenders run on the GPU if there is one; without one the kernels are skipped by name (`make gpu` has more). Levels are
-those of tf_efficientnet_b6 at 1024 pixels. Every contender's log-likelihoods (and, for the training step, every gradient)
+those of tf_efficientnet_b6 at 1024 pixels. Every contender's log-likelihoods, and in the training step every gradient,
 are compared with the float64 oracle before anything is timed; where they differ nothing is reported. FrEIA gets its
 condition as a finished tensor: making it is not part of its time.
 """

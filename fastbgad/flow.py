@@ -6,7 +6,8 @@ The `state_dict` of a FrEIA `SequenceINN` of `AllInOneBlock`s loads into `Condit
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class CouplingLayer(nn.Module):
     def weights(self) -> CouplingWeights:
         """The layer's tensors as the operations want them."""
         first, second = cast(nn.Linear, self.subnet[0]), cast(nn.Linear, self.subnet[2])
-        scale, offset = self.global_scale[0], self.global_offset[0]
+        scale, offset = self.global_scale.squeeze(0), self.global_offset.squeeze(0)
         return CouplingWeights(first.weight, first.bias, second.weight, second.bias, scale, offset, self.w_perm)
 
 
@@ -113,6 +114,16 @@ class ConditionalFlow(nn.Module):
             kept = state, pack_flow(self.weights(), self.spec, key[0])
             self._packs[key] = kept
         return kept[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionalFlow:
+        """Another device or type: what was packed belongs to the tensors that are replaced here."""
+        if self._packs:
+            self._packs = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a frozen flow stays frozen and packs anew where it goes."""
+        return {**self.__dict__, "_packs": None if self._packs is None else {}}
 
     def inverse(self, z: Tensor, condition: PositionalRows | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, C] and the log-determinant of the inverse's Jacobian [N]."""

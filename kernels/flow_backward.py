@@ -41,7 +41,7 @@ def flow_backward_kernel(
     C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     COND: tl.constexpr, HAS_INDEX: tl.constexpr, GATHER: tl.constexpr, HARD: tl.constexpr, SPLIT: tl.constexpr,
     HAS_DZ: tl.constexpr, WANT_DX: tl.constexpr, CS: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
     C2: tl.constexpr = C // 2
     C1: tl.constexpr = C - C2
@@ -82,8 +82,8 @@ def flow_backward_kernel(
             if HARD:
                 back1, back2 = permute_hard(dz1, dz2, PERM_INDEX + ((layers - 1) * 4 + 2) * K, BM, K)
             else:
-                perm = PERM + (layers - 1) * (4 + 4 * SPLIT) * K * K
-                back1, back2 = permute_soft(dz1, dz2, perm, STAGE, BM, K, BK, SPLIT, True)
+                perm = PERM + ((layers - 1) * 2 + 1) * (4 + 4 * SPLIT) * K * K
+                back1, back2 = permute_soft(dz1, dz2, perm, STAGE, BM, K, BK, NS, SPLIT, False)
             d1 += back1
             d2 += back2
 
@@ -94,12 +94,13 @@ def flow_backward_kernel(
                     tl.debug_barrier()
                     d1 = tl.load(state)
                     d2 = tl.load(state + K)
+                    tl.debug_barrier()
                 # out = W_perm v
                 if HARD:
                     d1, d2 = permute_hard(d1, d2, PERM_INDEX + (layer * 4 + 2) * K, BM, K)
                 else:
-                    perm = PERM + layer * (4 + 4 * SPLIT) * K * K
-                    d1, d2 = permute_soft(d1, d2, perm, STAGE, BM, K, BK, SPLIT, True)
+                    perm = PERM + (layer * 2 + 1) * (4 + 4 * SPLIT) * K * K
+                    d1, d2 = permute_soft(d1, d2, perm, STAGE, BM, K, BK, NS, SPLIT, False)
             partial = PARTIAL + (tl.cast(block, tl.int64) * layers + layer) * 6 * K + channel
             affine = AFFINE + layer * 4 * K + channel
             # v = g y + offset: sums over rows of dv y and of dv, first half
@@ -145,7 +146,7 @@ def flow_backward_kernel(
             else:
                 p = x1
             # dx1 = dy1 + W1x^T (W2^T d_pre where the hidden unit is active)
-            for first in range(0, H, BH):
+            for first in tl.range(0, H, BH, num_stages=NS):
                 unit = first + tl.arange(0, BH)
                 w1 = tl.load(W1X + layer * HP * K + unit[None, :] * K + channel[:, None])  # [K, BH]
                 hidden = tl.dot(x1, w1, input_precision="tf32x3")
@@ -178,7 +179,7 @@ def flow_weight_gradient_kernel(
     rows, sources, height, width, blocks, layers, splits,
     K: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     COND: tl.constexpr, HAS_INDEX: tl.constexpr, GATHER: tl.constexpr, CS: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
     dtype = W1X.dtype.element_ty
     HALF: tl.constexpr = PP // 2
@@ -202,7 +203,8 @@ def flow_weight_gradient_kernel(
         d_second = tl.zeros((BH, HALF), tl.float32)
 
     per_split = tl.cdiv(blocks, splits)
-    for block in range(split * per_split, tl.minimum(blocks, (split + 1) * per_split)):
+    last = tl.minimum(blocks, (split + 1) * per_split)
+    for block in tl.range(split * per_split, last, num_stages=NS):
         row = tl.cast(block, tl.int64) * BM + tl.arange(0, BM)
         source, line, column, inside = place_rows(
             INDEX, row, row < rows, sources, width, height * width, HAS_INDEX, GATHER
@@ -326,7 +328,7 @@ def flow_backward(
                 1 / clamp if scaled_tanh else 1.0,
                 C=channels, H=hidden, HARD=bool(weights.perm_index.numel()), SPLIT=operand == torch.float16,
                 HAS_DZ=d_z is not None, WANT_DX=want_dx, **shared,
-                BM=tiles["BM"], BH=tiles["BH"], BK=tiles["BK"],
+                BM=tiles["BM"], BH=tiles["BH"], BK=tiles["BK"], NS=tiles["num_stages"],
                 num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
             )  # fmt: skip
 
@@ -338,7 +340,7 @@ def flow_backward(
             index, condition, weights.codes, weights.w1x, weights.w1p, weights.bias, weights.tables, weights.w2,
             lp, saved.x, d_pre, d_w1x, d_w1p, d_b1, d_w2,
             count, len(rows.features), rows.height, rows.width, blocks, layers, splits, **shared,
-            BM=weight_tiles["BM"], BH=weight_tiles["BH"],
+            BM=weight_tiles["BM"], BH=weight_tiles["BH"], NS=weight_tiles["num_stages"],
             num_warps=weight_tiles["num_warps"], num_stages=weight_tiles["num_stages"],
         )  # fmt: skip
 
@@ -355,7 +357,7 @@ def flow_backward(
         d_w1 * unscale,
         d_b1.sum(dim=0)[:, :hidden] * unscale,
         (d_w2.sum(dim=0)[:, :, :hidden, :c2] * unscale).mT.reshape(layers, 2 * c2, hidden),
-        sums[:, 4:, :c2].reshape(layers, 2 * c2),
+        sums[:, 4:, :c2].reshape(layers, 2 * c2).contiguous(),
         torch.cat([sums[:, 0, :c1], sums[:, 1, :c2]], dim=1),
         torch.cat([sums[:, 2, :c1], sums[:, 3, :c2]], dim=1),
         d_x,
@@ -368,11 +370,16 @@ def most_channels_with_gradients(operand: str) -> int:
 
 
 def row_splits(programs: int, blocks: int, device: torch.device) -> int:
-    """Into how many parts the rows are cut, each summed by programs of its own, so that every multiprocessor has work.
+    """Into how many parts the rows are cut, each summed by programs of its own.
 
-    It depends on the GPU and on the number of rows alone, and so do the bits of the sum.
+    The fewest that come close to the shortest time, rounds of programs times blocks of rows in each; a program fills a
+    multiprocessor. It depends on the GPU and on the number of rows alone, and so do the bits of the sum.
     """
     if device.type != "cuda":
         return min(2, max(blocks, 1))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(blocks, triton.cdiv(processors, programs)))
+    times = {
+        splits: triton.cdiv(programs * splits, processors) * triton.cdiv(blocks, splits)
+        for splits in range(1, max(1, min(blocks, 8)) + 1)
+    }
+    return next(splits for splits, time in times.items() if time <= 1.1 * min(times.values()))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .flow_tiles import DENSE, NONE, RASTER, TABLES, hidden_bias, permute_hard, permute_soft, place_rows, staging, tanh
-from .flow_weights import MOST_CHANNELS, FlowWeights
+from .flow_weights import MOST_CHANNELS, FlowWeights, tile_channels
 
 LOG_2PI = tl.constexpr(math.log(2 * math.pi))
 
@@ -29,7 +29,7 @@ def flow_forward_kernel(
     C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     COND: tl.constexpr, HAS_INDEX: tl.constexpr, GATHER: tl.constexpr, HARD: tl.constexpr, SPLIT: tl.constexpr,
     WANT_Z: tl.constexpr, SAVE: tl.constexpr, CS: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, TW: tl.constexpr, KT: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr, TW: tl.constexpr, KT: tl.constexpr,
 ):  # fmt: skip
     C2: tl.constexpr = C // 2
     C1: tl.constexpr = C - C2
@@ -106,7 +106,7 @@ def flow_forward_kernel(
             # pre = W2 relu(W1 [x1; p] + b1) + b2
             pre_s = tl.zeros((BM, K), tl.float32) + tl.load(B2 + layer * 2 * K + channel)[None, :]
             pre_t = tl.zeros((BM, K), tl.float32) + tl.load(B2 + (layer * 2 + 1) * K + channel)[None, :]
-            for first in range(0, H, BH):
+            for first in tl.range(0, H, BH, num_stages=NS):
                 unit = first + tl.arange(0, BH)
                 w1 = tl.load(W1X + layer * HP * K + unit[None, :] * K + channel[:, None])  # [K, BH]
                 hidden = tl.dot(x1_operand, w1, input_precision="tf32x3")  # [BM, BH]
@@ -127,10 +127,12 @@ def flow_forward_kernel(
 
             # s = clamp tanh(0.1 pre_s) or clamp tanh(0.1 pre_s / clamp); y = [x1, x2 exp(s) + 0.1 pre_t]
             s = clamp * tanh(0.1 * inner_clamp * pre_s)
-            log_det += tl.sum(s, 1)
             if BK:
                 x1 = tl.load(state)
                 x2 = tl.load(state + K)
+            # What left the range of the operands could hide behind the ReLU and come back: here it shows.
+            s = tl.where(tl.abs(x1) <= largest, s, float("nan"))
+            log_det += tl.sum(s, 1)
             x2 = x2 * tl.exp(s) + 0.1 * pre_t
             if SAVE:
                 tl.store(SAVED_Y2 + layer * saved_layer + saved, x2.to(dtype), mask=in_saved)
@@ -145,7 +147,7 @@ def flow_forward_kernel(
                     x1, x2 = permute_hard(x1, x2, PERM_INDEX + layer * 4 * K, BM, K)
                 else:
                     x1, x2 = permute_soft(
-                        x1, x2, PERM + layer * (4 + 4 * SPLIT) * K * K, STAGE, BM, K, BK, SPLIT, False
+                        x1, x2, PERM + layer * 2 * (4 + 4 * SPLIT) * K * K, STAGE, BM, K, BK, NS, SPLIT, True
                     )
             if BK:
                 tl.debug_barrier()
@@ -176,11 +178,14 @@ def flow_forward_kernel(
                 x1, x2 = permute_hard(x1, x2, PERM_INDEX + (layers - 1) * 4 * K, BM, K)
             else:
                 x1, x2 = permute_soft(
-                    x1, x2, PERM + (layers - 1) * (4 + 4 * SPLIT) * K * K, STAGE, BM, K, BK, SPLIT, False
+                    x1, x2, PERM + (layers - 1) * 2 * (4 + 4 * SPLIT) * K * K, STAGE, BM, K, BK, NS, SPLIT, True
                 )
             at = Z + row[:, None] * C + channel[None, :]
             tl.store(at, tl.where(valid[:, None], x1, nan), mask=in_first)
             tl.store(at + C1, tl.where(valid[:, None], x2, nan), mask=in_second)
+        if BK:
+            # The next tile overwrites the state that others may still be reading.
+            tl.debug_barrier()
 
 
 @dataclass(frozen=True)
@@ -250,10 +255,9 @@ def saved_stride(channels: int) -> int:
     return -(-(channels - channels // 2) // 8) * 8
 
 
-def tile_key(weights: FlowWeights, raster: bool = False) -> str:
-    """The key of these weights in the tile configurations, e.g. "C64 float16": the channels of a tile and its type."""
-    operand = str(weights.w1x.dtype).removeprefix("torch.")
-    return f"C{2 * weights.b2.shape[2]} {operand}" + (" raster" if raster else "")
+def tile_key(channels: int, operand: str, raster: bool = False) -> str:
+    """The key of a flow in the tile configurations, e.g. "C64 float16 raster": channels of a tile and their type."""
+    return f"C{2 * tile_channels(channels)} {operand}" + (" raster" if raster else "")
 
 
 def is_raster(rows: Rows, weights: FlowWeights) -> bool:
@@ -340,7 +344,7 @@ def flow_forward(
             PP=weights.w1p.shape[2] if rows.condition is not None else 0,
             COND=kind, HAS_INDEX=index is not None, GATHER=rows.gather, HARD=bool(weights.perm_index.numel()),
             SPLIT=operand == torch.float16, WANT_Z=want_z, SAVE=save, CS=saved_stride(channels),
-            BM=tiles["BM"], BH=tiles["BH"], BK=tiles["BK"], TW=block_columns,
+            BM=tiles["BM"], BH=tiles["BH"], BK=tiles["BK"], NS=tiles["num_stages"], TW=block_columns,
             KT=max(16, triton.next_power_of_2(block_rows + block_columns)),
             num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
         )  # fmt: skip

@@ -68,33 +68,38 @@ def hidden_bias(
 
 @triton.jit
 def permute_soft(
-    v1, v2, PERM, STAGE, BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr
-):
-    """out = W_perm v on both halves, or v = W_perm^T out if BACK; [BM, K] float32 each. BK 0: all in registers."""
+    v1, v2, PERM, STAGE,
+    BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """out = W_perm v, or v = W_perm^T out with the blocks of the way back; [BM, K] float32 each half.
+
+    In 16 bits this product would dominate the error, so both sides are split into a high and a low part and three of
+    the four products are summed: v_high W_high + v_low W_high + v_high W_low. BK 0: all in registers.
+    """
     if BK:
-        return permute_staged(v1, v2, PERM, STAGE, BM, K, BK, SPLIT, BACK)
-    return permute_in_registers(v1, v2, PERM, K, SPLIT, BACK)
+        return permute_staged(v1, v2, PERM, STAGE, BM, K, BK, NS, SPLIT)
+    return permute_in_registers(v1, v2, PERM, K, SPLIT, EARLY)
 
 
 @triton.jit
-def permute_in_registers(v1, v2, PERM, K: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr):
+def permute_in_registers(v1, v2, PERM, K: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr):
     """`permute_soft` without leaving the registers.
 
-    In 16 bits this product would dominate the error, so both sides are split into a high and a low part and three of
-    the four products are summed: v_high W_high + v_low W_high + v_high W_low.
+    EARLY reads all blocks before the first product, which waits for memory once; it takes the registers that a kernel
+    with more to keep does not have.
     """
     dtype = PERM.dtype.element_ty
     channel = tl.arange(0, K)
-    # A block is stored [from, to]; the way back reads it transposed, and the two mixed quadrants change places.
-    block = channel[:, None] * K + channel[None, :]
-    if BACK:
-        block = channel[None, :] * K + channel[:, None]
-    first: tl.constexpr = 1 if BACK else 2
-    second: tl.constexpr = 3 - first
+    block = PERM + channel[:, None] * K + channel[None, :]  # [from, to]
     high1 = v1.to(dtype)
     high2 = v2.to(dtype)
-    q11 = tl.load(PERM + block)
-    q21 = tl.load(PERM + first * K * K + block)
+    q11, q21 = tl.load(block), tl.load(block + 2 * K * K)
+    if EARLY:
+        q12, q22 = tl.load(block + K * K), tl.load(block + 3 * K * K)
+        if SPLIT:
+            low = block + 4 * K * K
+            r11, r21 = tl.load(low), tl.load(low + 2 * K * K)
+            r12, r22 = tl.load(low + K * K), tl.load(low + 3 * K * K)
     out1 = tl.dot(high1, q11, input_precision="tf32x3")
     out1 = tl.dot(high2, q21, out1, input_precision="tf32x3")
     if SPLIT:
@@ -102,29 +107,35 @@ def permute_in_registers(v1, v2, PERM, K: tl.constexpr, SPLIT: tl.constexpr, BAC
         low2 = (v2 - high2.to(tl.float32)).to(dtype)
         out1 = tl.dot(low1, q11, out1)
         out1 = tl.dot(low2, q21, out1)
-        out1 = tl.dot(high1, tl.load(PERM + 4 * K * K + block), out1)
-        out1 = tl.dot(high2, tl.load(PERM + (4 + first) * K * K + block), out1)
-    q12 = tl.load(PERM + second * K * K + block)
-    q22 = tl.load(PERM + 3 * K * K + block)
+        if not EARLY:
+            low = block + 4 * K * K
+            r11, r21 = tl.load(low), tl.load(low + 2 * K * K)
+        out1 = tl.dot(high1, r11, out1)
+        out1 = tl.dot(high2, r21, out1)
+    if not EARLY:
+        q12, q22 = tl.load(block + K * K), tl.load(block + 3 * K * K)
     out2 = tl.dot(high1, q12, input_precision="tf32x3")
     out2 = tl.dot(high2, q22, out2, input_precision="tf32x3")
     if SPLIT:
         out2 = tl.dot(low1, q12, out2)
         out2 = tl.dot(low2, q22, out2)
-        out2 = tl.dot(high1, tl.load(PERM + (4 + second) * K * K + block), out2)
-        out2 = tl.dot(high2, tl.load(PERM + 7 * K * K + block), out2)
+        if not EARLY:
+            r12, r22 = tl.load(low + K * K), tl.load(low + 3 * K * K)
+        out2 = tl.dot(high1, r12, out2)
+        out2 = tl.dot(high2, r22, out2)
     return out1, out2
 
 
 @triton.jit
 def permute_staged(
     v1, v2, PERM, STAGE,
-    BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr,
+    BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """`permute` for wide rows: both halves and their low parts as operands would not fit in the registers.
+    """`permute_soft` for wide rows: both halves and their low parts as operands would not fit in the registers.
 
     The operands go through STAGE, memory of this program alone ([parts, BM, 2 K] operand, in the cache), and come back
-    in blocks of BK channels, as in any matrix product.
+    in blocks of BK channels, as in any matrix product. Each step has one product per half: with more, the halves' sums
+    would change their layout in registers several times a step.
     """
     dtype = PERM.dtype.element_ty
     channel = tl.arange(0, K)
@@ -139,26 +150,17 @@ def permute_staged(
     tl.debug_barrier()
     out1 = tl.zeros((BM, K), tl.float32)
     out2 = tl.zeros((BM, K), tl.float32)
-    for first in range(0, 2 * K, BK):
+    BLOCKS: tl.constexpr = 2 * K // BK
+    for step in tl.range(0, BLOCKS * (1 + 2 * SPLIT), num_stages=NS):
+        # part 0: high high, 1: low high, 2: high low
+        part = step // BLOCKS
+        first = step % BLOCKS * BK
         within = first % K + tl.arange(0, BK)
-        half = first // K
-        a = STAGE + m[:, None] * (2 * K) + (first + tl.arange(0, BK))[None, :]
-        if BACK:
-            q1 = PERM + half * K * K + channel[None, :] * K + within[:, None]
-            q2 = q1 + 2 * K * K
-        else:
-            q1 = PERM + half * 2 * K * K + within[:, None] * K + channel[None, :]
-            q2 = q1 + K * K
-        high = tl.load(a)
-        q1_high, q2_high = tl.load(q1), tl.load(q2)
-        out1 = tl.dot(high, q1_high, out1, input_precision="tf32x3")
-        out2 = tl.dot(high, q2_high, out2, input_precision="tf32x3")
-        if SPLIT:
-            low = tl.load(a + BM * 2 * K)
-            out1 = tl.dot(low, q1_high, out1)
-            out2 = tl.dot(low, q2_high, out2)
-            out1 = tl.dot(high, tl.load(q1 + 4 * K * K), out1)
-            out2 = tl.dot(high, tl.load(q2 + 4 * K * K), out2)
+        operand = STAGE + part % 2 * (BM * 2 * K) + m[:, None] * (2 * K) + (first + tl.arange(0, BK))[None, :]
+        block = PERM + part // 2 * (4 * K * K) + first // K * (2 * K * K) + within[:, None] * K + channel[None, :]
+        operand = tl.load(operand)
+        out1 = tl.dot(operand, tl.load(block), out1, input_precision="tf32x3")
+        out2 = tl.dot(operand, tl.load(block + K * K), out2, input_precision="tf32x3")
     # Nobody may overwrite the stage while others still read it.
     tl.debug_barrier()
     return out1, out2

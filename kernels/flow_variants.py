@@ -15,7 +15,7 @@ from .flow_backward import (
     flow_weight_gradient_kernel,
     most_channels_with_gradients,
 )
-from .flow_forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, saved_stride
+from .flow_forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, saved_stride, tile_key
 from .flow_tiles import DENSE, RASTER, TABLES
 from .flow_weights import HIDDEN_MULTIPLE, FlowWeights, pack, tile_channels
 from .tiles import default_tiles
@@ -35,36 +35,47 @@ NUMBERS = ("clamp", "inner_clamp")
 
 
 def variants() -> list[Variant]:
-    """Inference on maps, training on gathered rows, and a dense condition, for every size of tile and both types."""
+    """Inference on maps, training on gathered rows, and a dense condition, for every size of tile and both types.
+
+    For two sizes also the modes that drop-in users ask for: the latent, gradients of it and of the features, and a hard
+    permutation.
+    """
     found = []
     for channels, _ in LEVELS:
         for precision in PRECISIONS:
-            key = f"C{2 * tile_channels(channels)} {precision}"
             for kind in (RASTER, TABLES, DENSE) if precision == "float16" else (RASTER, TABLES):
-                sizes = default_tiles()["flow_forward"][key + (" raster" if kind == RASTER else "")]
-                block = raster_tile(sizes["BM"])
-                constants = {
-                    "WANT_Z": False, "SAVE": kind == TABLES, "TW": block[1],
-                    "KT": max(16, triton.next_power_of_2(sum(block))),
-                }  # fmt: skip
-                found.append(
-                    _variant(flow_forward_kernel, "flow_forward", channels, precision, int(kind), sizes, constants)
-                )
-            if channels > most_channels_with_gradients(precision):
-                continue
-            for kind in (TABLES, DENSE) if precision == "float16" else (TABLES,):
-                sizes = default_tiles()["flow_backward"][key]
-                constants = {"HAS_DZ": False, "WANT_DX": False}
-                found.append(
-                    _variant(flow_backward_kernel, "flow_backward", channels, precision, int(kind), sizes, constants)
-                )
-                sizes = default_tiles()["flow_weight_gradient"][key]
-                found.append(
-                    _variant(
-                        flow_weight_gradient_kernel, "flow_weight_gradient", channels, precision, int(kind), sizes, {}
-                    )
-                )
+                found.append(_forward_variant(channels, precision, int(kind)))
+            if channels <= most_channels_with_gradients(precision):
+                for kind in (TABLES, DENSE) if precision == "float16" else (TABLES,):
+                    found.append(_backward_variant(channels, precision, int(kind)))
+                    sizes = default_tiles()["flow_weight_gradient"][tile_key(channels, precision)]
+                    kernel = flow_weight_gradient_kernel
+                    found.append(_variant(kernel, "flow_weight_gradient", channels, precision, int(kind), sizes, {}))
+    for channels in (40, 200):
+        found.append(_forward_variant(channels, "float16", int(RASTER), latent=True))
+        found.append(_forward_variant(channels, "float16", int(RASTER), hard=True))
+        found.append(_backward_variant(channels, "float16", int(TABLES), latent=True))
+        found.append(_backward_variant(channels, "float16", int(TABLES), hard=True))
     return found
+
+
+def _forward_variant(channels: int, precision: str, kind: int, latent: bool = False, hard: bool = False) -> Variant:
+    # With the latent a tile of 128 rows would not fit on every chip.
+    sizes = default_tiles()["flow_forward"][tile_key(channels, precision, raster=kind == RASTER and not latent)]
+    block = raster_tile(sizes["BM"])
+    constants = {
+        "WANT_Z": latent, "SAVE": kind == TABLES, "TW": block[1], "KT": max(16, triton.next_power_of_2(sum(block))),
+        "HARD": hard,
+    }  # fmt: skip
+    name = "flow_forward" + " latent" * latent + " hard" * hard
+    return _variant(flow_forward_kernel, name, channels, precision, kind, sizes, constants)
+
+
+def _backward_variant(channels: int, precision: str, kind: int, latent: bool = False, hard: bool = False) -> Variant:
+    sizes = default_tiles()["flow_backward"][tile_key(channels, precision)]
+    constants = {"HAS_DZ": latent, "WANT_DX": latent, "HARD": hard}
+    name = "flow_backward" + " latent" * latent + " hard" * hard
+    return _variant(flow_backward_kernel, name, channels, precision, kind, sizes, constants)
 
 
 def _variant(
@@ -76,13 +87,13 @@ def _variant(
     sizes: Mapping[str, int],
     constants: Mapping[str, Any],
 ) -> Variant:
-    """A kernel on a flow as BGAD has it: P = 128, H = 2 (C1 + P), a soft permutation; rows with tables are gathered."""
+    """A kernel on a flow as BGAD has it: P = 128, H = 2 (C1 + P); rows with tables are gathered."""
     hidden = hidden_channels(channels)
     values = {
         "C": channels, "K": tile_channels(channels), "H": hidden, "HP": -(-hidden // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE,
         "P": CONDITION_CHANNELS if kind == DENSE else 0, "PP": CONDITION_CHANNELS, "COND": kind,
         "HAS_INDEX": kind == TABLES, "GATHER": kind == TABLES, "HARD": False, "SPLIT": precision == "float16",
-        "CS": saved_stride(channels), **sizes, **constants,
+        "CS": saved_stride(channels), "NS": sizes["num_stages"], **sizes, **constants,
     }  # fmt: skip
     operand = {"float16": "*fp16", "float32": "*fp32"}[precision]
     types, used = {}, {}
@@ -110,46 +121,44 @@ def hidden_channels(channels: int) -> int:
 
 
 def tuning_cases() -> list[TuningCase]:
-    """Inference on the maps of a 1024-pixel image and training on 4096 gathered rows, per size of tile and type."""
+    """Inference on the maps of a 1024-pixel image and training on 4096 gathered rows, with float16 operands.
+
+    float32 operands are for checking; they keep their default tiles.
+    """
     cases = []
-    for channels, side in LEVELS:
-        for precision in PRECISIONS:
-            key = f"C{2 * tile_channels(channels)} {precision}"
-            tolerance = 1e-3 if precision == "float16" else 1e-4
-            staged = _staged(channels)
-            for raster in (True, False):
-                cases.append(
-                    TuningCase(
-                        "flow_forward", key + (" raster" if raster else ""), staged,
-                        _forward_problem(channels, side, precision, raster), tolerance,
-                    )
-                )  # fmt: skip
-            if channels > most_channels_with_gradients(precision):
-                continue
-            plain = [{k: v for k, v in sizes.items() if k != "BK"} for sizes in staged]
-            distinct = list({tuple(sizes.items()): sizes for sizes in plain}.values())
-            for kernel, candidates in (("flow_backward", staged), ("flow_weight_gradient", distinct)):
-                problem = _backward_problem(channels, side, precision, key, kernel)
-                cases.append(TuningCase(kernel, key, candidates, problem, tolerance))
+    for channels, side in LEVELS[1:]:
+        key, tolerance = tile_key(channels, "float16"), 1e-3
+        staged = _candidates(channels)
+        for raster in (True, False):
+            problem = _forward_problem(channels, side, raster)
+            cases.append(TuningCase("flow_forward", tile_key(channels, "float16", raster), staged, problem, tolerance))
+        plain = [{name: value for name, value in sizes.items() if name != "BK"} for sizes in staged]
+        distinct = list({tuple(sizes.items()): sizes for sizes in plain}.values())
+        for kernel, candidates in (("flow_backward", staged), ("flow_weight_gradient", distinct)):
+            cases.append(TuningCase(kernel, key, candidates, _backward_problem(channels, side, kernel), tolerance))
     return cases
 
 
-def _staged(channels: int) -> list[dict[str, int]]:
-    """Tiles to try. Narrow rows may stay in registers (BK 0); wide ones would spill."""
+def _candidates(channels: int) -> list[dict[str, int]]:
+    """Tiles to try: those of which a thread's registers hold its share, in few enough combinations for a short lease.
+
+    Narrow rows may stay in registers (BK 0); wide ones would spill.
+    """
     k = tile_channels(channels)
+    others = ((32, 32, 2), (64, 32, 2), (64, 64, 2), (32, 32, 3))
+    if k <= 32:
+        others = ((32, 0, 2), (64, 0, 2), (64, 0, 3), (32, 32, 2))
     found = []
-    for bm, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (128, 4), (128, 8)):
-        for bh in (32, 64):
-            for bk in (0, 32) if k <= 32 else (32, 64):
-                for stages in (1, 2, 3):
-                    # About 64 values of each half's tile in a thread is what its registers hold.
-                    if 4 * bm * k <= 32 * warps * 256 and bk <= 2 * k and not (stages == 3 and bm < 64):
-                        found.append({"BM": bm, "BH": bh, "BK": bk, "num_warps": warps, "num_stages": stages})
+    for bm, warps in ((16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
+        # Values of a half's tile in a thread: its sums, its state and its operands take a multiple of that.
+        if bm * k <= 32 * warps * (32 if k <= 64 else 64):
+            for bh, bk, stages in others:
+                found.append({"BM": bm, "BH": bh, "BK": bk, "num_warps": warps, "num_stages": stages})
     return found
 
 
-def random_weights(channels: int, side: int, precision: str, device: torch.device, layers: int = 8) -> FlowWeights:
-    """Weights of the size that a new flow starts with, for maps of side x side."""
+def random_weights(channels: int, side: int, device: torch.device, layers: int = 8) -> FlowWeights:
+    """Weights of the size that a new flow starts with, for maps of side x side and float16 operands."""
     generator = torch.Generator().manual_seed(channels)
     hidden, c2 = hidden_channels(channels), channels // 2
     inputs = channels - c2 + CONDITION_CHANNELS
@@ -163,16 +172,16 @@ def random_weights(channels: int, side: int, precision: str, device: torch.devic
         draw(hidden, inputs, bound=inputs**-0.5), draw(hidden, bound=inputs**-0.5),
         draw(2 * c2, hidden, bound=hidden**-0.5), draw(2 * c2, bound=hidden**-0.5),
         1 + draw(channels, bound=0.1), draw(channels, bound=0.1), rotation, (codes[0], codes[1]), False, False,
-        {"float16": torch.float16, "float32": torch.float32}[precision],
+        torch.float16,
     )  # fmt: skip
 
 
 Problem = Callable[[torch.device], Callable[[Mapping[str, int]], Sequence[Tensor]]]
 
 
-def _forward_problem(channels: int, side: int, precision: str, raster: bool) -> Problem:
+def _forward_problem(channels: int, side: int, raster: bool) -> Problem:
     def prepare(device: torch.device) -> Callable[[Mapping[str, int]], Sequence[Tensor]]:
-        weights = random_weights(channels, side, precision, device)
+        weights = random_weights(channels, side, device)
         rows = _rows(channels, side, raster, device)
 
         def run(tiles: Mapping[str, int]) -> Sequence[Tensor]:
@@ -184,9 +193,11 @@ def _forward_problem(channels: int, side: int, precision: str, raster: bool) -> 
     return prepare
 
 
-def _backward_problem(channels: int, side: int, precision: str, key: str, kernel: str) -> Problem:
+def _backward_problem(channels: int, side: int, kernel: str) -> Problem:
+    key = tile_key(channels, "float16")
+
     def prepare(device: torch.device) -> Callable[[Mapping[str, int]], Sequence[Tensor]]:
-        weights = random_weights(channels, side, precision, device)
+        weights = random_weights(channels, side, device)
         rows = _rows(channels, side, False, device)
         forward = _forward(rows, weights, channels, default_tiles()["flow_forward"][key], save=True)
         saved = forward.saved

@@ -34,7 +34,7 @@ class FlowWeights(NamedTuple):
     w2: Tensor  # [L, 2, K, HP] operand, second linear layer: rows of s, rows of t
     b2: Tensor  # [L, 2, K] float32
     affine: Tensor  # [L, 2, 2, K] float32: g and offset, each of both halves
-    w_perm: Tensor  # [L, S, 2, 2, K, K] operand: S parts (high, low), from half, to half, from channel, to channel
+    w_perm: Tensor  # [L, 2, S, 2, 2, K, K] operand: there and back; S parts (high, low); from half, to half; from, to
     perm_index: (
         Tensor  # [L, 2, 2, K] int32, hard permutation: where each channel comes from, there and back; else empty
     )
@@ -83,9 +83,11 @@ def pack(
         lines, columns = codes
         half = p // 2
         tables = w1.new_zeros(layers, len(lines) + len(columns), padded, dtype=dtype)
-        # The code of a place is that of its column followed by that of its line.
-        tables[:, : len(lines), :hidden] = lines @ w1[:, :, c1 + half :].mT
-        tables[:, len(lines) :, :hidden] = columns @ w1[:, :, c1 : c1 + half].mT + b1[:, None]
+        # The code of a place is that of its column followed by that of its line. In float64, which no switch of
+        # PyTorch (TF32, autocast) makes less accurate.
+        exact = w1.double()
+        tables[:, : len(lines), :hidden] = lines.double() @ exact[:, :, c1 + half :].mT
+        tables[:, len(lines) :, :hidden] = columns.double() @ exact[:, :, c1 : c1 + half].mT + b1[:, None]
         packed_codes = w1.new_zeros(len(lines) + len(columns), tile_condition(p) // 2, dtype=dtype)
         packed_codes[:, :half] = torch.cat([lines, columns])
 
@@ -109,14 +111,14 @@ def pack(
         perm_index[:, :, 0, :c1] = source[:, :, :c1]
         perm_index[:, :, 1, :c2] = source[:, :, c1:]
     else:
-        quadrants = w1.new_zeros(layers, 2, 2, k, k)
-        transposed = w_perm.mT  # out = v W_perm^T
+        quadrants = w1.new_zeros(layers, 2, 2, 2, k, k)
+        there_and_back = torch.stack([w_perm.mT, w_perm], dim=1)  # out = v W_perm^T and v = out W_perm
         for i, rows in enumerate((slice(0, c1), slice(c1, None))):
             for j, columns_ in enumerate((slice(0, c1), slice(c1, None))):
-                quadrants[:, i, j, : (c1, c2)[i], : (c1, c2)[j]] = transposed[:, rows, columns_]
+                quadrants[:, :, i, j, : (c1, c2)[i], : (c1, c2)[j]] = there_and_back[:, :, rows, columns_]
         high = quadrants.to(dtype)
         parts = [high, (quadrants - high.float()).to(dtype)] if dtype == torch.float16 else [high]
-        packed_perm = torch.stack(parts, dim=1)
+        packed_perm = torch.stack(parts, dim=2)
     log_g = g.log().sum().reshape(1)
     return FlowWeights(
         w1x, w1p, bias, tables, packed_codes, packed_w2, packed_b2, affine, packed_perm, perm_index, log_g

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import functools
 import importlib
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ Stopwatch = Callable[[Callable[[], object]], Callable[[], float]]
 
 # A gain below this is noise: the default stays.
 SMALLEST_GAIN = 1.02
+# Candidates this many times slower than the best are not measured more than three times.
+HOPELESS = 1.3
 # How long one measurement of a CUDA graph should take: long against the clock's resolution of about a microsecond.
 MEASUREMENT_SECONDS = 2e-3
 
@@ -99,8 +102,11 @@ def tune_case(
     for round_ in range(rounds):
         if round_ >= 3 and time.monotonic() > deadline:
             break
+        best_so_far = min((statistics.median(series) for series in times if series), default=0.0)
         for series, once in zip(times, measure, strict=True):
-            series.append(once())
+            # Three rounds are enough to know that a candidate is far behind.
+            if round_ < 3 or statistics.median(series) < HOPELESS * best_so_far:
+                series.append(once())
     medians = [statistics.median(series) for series in times]
     best = min(range(len(medians)), key=medians.__getitem__)
     default_time = medians[0] if runnable[0] is default else None
@@ -211,6 +217,38 @@ def tune(
         for tiles, obstacle in result.refused:
             say(f"    refused {_short(tiles)}: {obstacle}")
     return results
+
+
+def precompile(kernels: Sequence[str], cases: Sequence[TuningCase], processes: int) -> None:
+    """Runs every candidate once in processes of their own, so that their compiled kernels lie in Triton's cache.
+
+    Compiling takes seconds a candidate and holds the interpreter's lock. What fails here fails again, and is
+    reported, where the candidates are measured.
+    """
+    tasks = [
+        (tuple(kernels), case.kernel, case.key, dict(tiles))
+        for case in cases
+        for tiles in (default_tiles()[case.kernel][case.key], *case.candidates)
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        for _ in pool.map(_compile, tasks, chunksize=4):
+            pass
+
+
+def _compile(task: tuple[Sequence[str], str, str, Tiles]) -> None:
+    kernels, kernel, key, tiles = task
+    try:
+        _prepared(tuple(kernels), kernel, key)(tiles)
+        torch.cuda.synchronize()
+    except Exception:  # reported where the candidate is measured
+        return
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(kernels: Sequence[str], kernel: str, key: str) -> Callable[[Tiles], Sequence[Tensor]]:
+    (case,) = (case for case in collect(kernels) if (case.kernel, case.key) == (kernel, key))
+    return case.prepare(torch.device("cuda", torch.cuda.current_device()))
 
 
 def collect(kernels: Sequence[str]) -> list[TuningCase]:
@@ -324,8 +362,15 @@ def _run(options: argparse.Namespace) -> int:
     cases = collect(options.kernel)
     print(f"tuning {len(cases)} entries for {torch.cuda.get_device_name(device)} into {out}")
     machine = describe_machine(device)
+    start = time.monotonic()
+    processes = min(12, len(os.sched_getaffinity(0)))
+    if processes > 1:
+        print(f"compiling {sum(1 + len(case.candidates) for case in cases)} candidates in {processes} processes")
+        precompile(options.kernel, cases, processes)
+        print(f"compiled in {time.monotonic() - start:.0f} s")
+    seconds = options.seconds - (time.monotonic() - start)
     results = tune(
-        cases, device, graph_stopwatch, rounds=options.rounds, seconds=options.seconds,
+        cases, device, graph_stopwatch, rounds=options.rounds, seconds=seconds,
         keep=lambda result: store(out, [result], machine),
     )  # fmt: skip
     print(result_table(results))

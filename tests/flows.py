@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import FrEIA.framework as Ff
-import FrEIA.modules as Fm
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from fastbgad import reference
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
+
+if TYPE_CHECKING:
+    import FrEIA.framework as Ff
 
 
 def subnet(inputs: int, outputs: int) -> nn.Sequential:
@@ -22,6 +24,10 @@ def subnet(inputs: int, outputs: int) -> nn.Sequential:
 
 def freia_flow(spec: FlowSpec, seed: int = 0) -> Ff.SequenceINN:
     """FrEIA's own flow of this shape in float64, with parameters far from their start so that every term matters."""
+    # Here, so that the tests of the kernels also run where FrEIA is not installed.
+    import FrEIA.framework as Ff
+    import FrEIA.modules as Fm
+
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (FrEIA draws its rotation from numpy's global state)
     flow = Ff.SequenceINN(spec.channels)
@@ -86,6 +92,7 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 def whole_error(value: Tensor, exact: Tensor) -> float:
     """Relative error of a whole tensor, |value - exact| / |exact|; NaN never passes a comparison with it."""
+    assert value.shape == exact.shape
     value, exact = value.detach().double(), exact.detach().double()
     return float((value - exact).norm() / exact.norm().clamp(min=1e-30))
 
@@ -93,12 +100,17 @@ def whole_error(value: Tensor, exact: Tensor) -> float:
 def reference_with_masks(
     x: Tensor, layers: list[CouplingWeights], spec: FlowSpec, condition: Tensor | None, masks: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The oracle's flow with the active hidden units given, one mask [N, H] per layer, instead of the ReLU's own."""
+    """The oracle's flow with the active hidden units given, one mask [N, H] per layer, instead of the ReLU's own.
+
+    They may differ from the oracle's where a unit is within rounding of zero, nowhere else.
+    """
     log_det = x.new_zeros(len(x))
     for layer, mask in zip(layers, masks, strict=True):
         x1, x2 = x[:, : spec.passive_channels], x[:, spec.passive_channels :]
         inputs = x1 if condition is None else torch.cat([x1, condition], dim=1)
-        hidden = mask * (inputs @ layer.w1.T + layer.b1)
+        before = inputs @ layer.w1.T + layer.b1
+        assert not ((mask != (before > 0)) & (before.abs() > 5e-3)).any()
+        hidden = mask * before
         a = 0.1 * (hidden @ layer.w2.T + layer.b2)
         s = _log_scale(a[:, : spec.active_channels], spec)
         g = reference.flow.global_affine_scale(layer.global_scale, spec.global_affine)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +17,8 @@ from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.kernels.tiles import default_tiles, use_tiles
 from fastbgad.ops import FlowOutput, Geometry, PositionalRows, Precision, debug_checks, flow_forward, pack_flow
-from fastbgad.ops.flow_triton import flow_infer, flow_train, gradient_scale
+from fastbgad.ops.flow_triton import flow_infer, flow_train
+from fastbgad.ops.gradient_scale import gradient_scale
 from tests.flows import active_units, double, lively_flow, reference_with_masks, whole_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -235,12 +238,22 @@ def test_gradients_of_any_magnitude(magnitude: float, device: torch.device) -> N
 
 
 def test_gradient_scale() -> None:
-    assert float(gradient_scale(torch.zeros(3))) == 1
-    assert float(gradient_scale(torch.zeros(0))) == 1
-    assert float(gradient_scale(torch.tensor([1e-3, -3.0]), None)) == 4
-    for value in (1e-30, 7e-5, 1.0, 9e20):
-        scaled = value * float(gradient_scale(torch.tensor([value, 0.0])))
-        assert 8 <= scaled <= 16
+    """An exact power of two for whatever comes; of the wide flow, too."""
+    nothing = torch.zeros(0)
+    assert gradient_scale(nothing, None).tolist() == [1]
+    assert gradient_scale(torch.zeros(3), nothing).tolist() == [1]
+    assert gradient_scale(None, torch.tensor([1e-3, -3.0]), torch.zeros(2, 2)).tolist() == [0.25]
+    for bad in (float("nan"), float("inf")):
+        assert gradient_scale(torch.tensor([2.0]), torch.tensor([bad, 3.0])).tolist() == [1]
+    for value in (2.0**-119, 1e-30, 7e-5, 0.5, 1 - 2.0**-24, 1.0, 1 + 2.0**-23, 9e20, 2.0**119):
+        scale = float(gradient_scale(torch.tensor([value, 0.0])))
+        assert math.frexp(scale)[0] == 0.5
+        assert 0.5 <= value * scale < 1
+    # Beyond, the scale and its inverse stay normal numbers.
+    for value in (1e-45, 3e38):
+        scale = gradient_scale(torch.tensor([value]))
+        assert 2.0**-120 <= float(scale) <= 2.0**120
+        assert float(1 / scale) == 1 / float(scale)
 
 
 @pytest.mark.parametrize("form", ["tanh", "scaled_tanh"])
@@ -302,6 +315,27 @@ def test_a_bad_row_touches_no_other(bad: float, device: torch.device) -> None:
     for name, value in problem.gradients("float16", upstream).items():
         assert torch.isfinite(value).all()
         assert whole_error(value, without[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("channels", [9, 72])
+def test_what_leaves_float16_on_the_way_shows(channels: int, device: torch.device) -> None:
+    """Also where every hidden unit of the next layer is off and the layer after brings the value back."""
+    # A soft permutation has the same operands and would show it by itself.
+    problem = Problem("positions", 12, channels, device, layers=3, hard_permutation=True)
+    passive = channels - channels // 2
+    with torch.no_grad():
+        for layer in problem.flow.module_list:
+            layer.w_perm.copy_(torch.eye(channels))
+        first, second, _ = problem.flow.module_list
+        first.global_scale.fill_(0.0)
+        second.subnet[0].weight[:, :passive] = -1.0
+        first.global_offset[0, :passive] = 50.0
+    assert torch.isfinite(problem.run().log_likelihood).all()
+    with torch.no_grad():
+        first.global_offset[0, 0] = 1e5
+        second.global_scale.fill_(-20.0)
+    assert torch.isnan(problem.run().log_likelihood).all()
+    assert torch.isfinite(problem.run("float32").log_likelihood).all()
 
 
 @pytest.mark.parametrize("beyond", [-1, 3 * HEIGHT * WIDTH, 2**31 - 1])
@@ -442,7 +476,7 @@ def test_compile_and_export(device: torch.device) -> None:
     x = torch.randn(HEIGHT * WIDTH, 8, device=device)
     expected = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x), expected, rtol=1e-6)
+    assert torch.allclose(compiled(x), expected, rtol=1e-4)
     compiled(x).sum().backward()
     got = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
@@ -452,7 +486,8 @@ def test_compile_and_export(device: torch.device) -> None:
     program = torch.export.export(model.requires_grad_(False), (x,))
     nodes = [node for part in program.graph_module.modules() for node in part.graph.nodes]
     assert any("flow_infer" in str(node.target) for node in nodes)
-    assert torch.allclose(program.module()(x), expected, rtol=1e-6)
+    # Inference adds the bias of a map's pixels in another order than training does.
+    assert torch.allclose(program.module()(x), expected, rtol=1e-4)
 
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
@@ -480,6 +515,48 @@ def test_frozen_flow(device: torch.device) -> None:
     assert not torch.equal(changed, expected)
     assert torch.allclose(changed, flow(x, positions, impl="torch").log_likelihood, rtol=1e-3)
     flow(x, positions, impl="torch")  # other implementations are not affected
+    twin = copy.deepcopy(flow)
+    assert twin._packs == {}
+    assert torch.equal(twin(x, positions, impl="triton").log_likelihood, changed)
+    assert flow.double()._packs == {}
+
+
+def test_gradients_have_the_strides_of_the_fake(device: torch.device) -> None:
+    """A compiler holds the operator's results against those of its fake; 32 channels have no padding to cut off."""
+    problem = Problem("positions", 10, 32, device)
+    x = problem.x.clone().requires_grad_()
+    parameters = [p for p in problem.flow.parameters() if p.requires_grad]
+
+    def step(x: Tensor) -> Tensor:
+        return problem.flow(x, problem.condition, impl="triton").log_likelihood.sum()
+
+    for gradient, of in zip(torch.autograd.grad(step(x), [x, *parameters]), [x, *parameters], strict=True):
+        assert gradient.shape == of.shape
+    from fastbgad.ops.flow_triton import _flow_train_backward_fake, flow_train_backward
+
+    pack = pack_flow(problem.flow.weights(), problem.spec, Geometry.of(problem.condition, "float16"))
+    assert isinstance(problem.condition, PositionalRows)
+    where = (problem.condition.index, False, None, HEIGHT, WIDTH)
+    shape = (128, problem.spec.hidden_channels, 1.9, False, "SOFTPLUS")
+    weights = [t for layer in problem.flow.weights() for t in layer]
+    lp, _, _, *saved = flow_train(x, weights, pack.tensors, *where, *shape, False, False)
+    scales = torch.stack([layer.global_scale for layer in problem.flow.weights()]).detach()
+    arguments = (
+        x.detach(), pack.tensors, saved, lp.detach(), torch.ones_like(lp), None, None, scales, *where, *shape, True
+    )  # fmt: skip
+    for real, fake in zip(flow_train_backward(*arguments), _flow_train_backward_fake(*arguments), strict=True):
+        assert real.shape == fake.shape
+        assert real.stride() == fake.stride()
+
+
+def test_a_condition_of_many_channels_goes_through_the_library(device: torch.device) -> None:
+    """More condition channels than one operand holds."""
+    spec = FlowSpec(8, 256, 2)
+    flow = lively_flow(spec, gain=1.0).to(device)
+    x, p = torch.randn(20, 8, device=device), torch.randn(20, 256, device=device)
+    out = flow_forward(x, flow.weights(), spec, p, impl="triton", precision="float32")
+    z, log_det = reference.flow_forward(x.double(), double(flow.weights()), spec, p.double())
+    assert whole_error(out.log_likelihood, reference.log_likelihood(z, log_det)) < LP_TOLERANCE["float32"]
 
 
 def test_a_pack_of_another_geometry_is_refused(device: torch.device) -> None:

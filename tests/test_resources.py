@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
+
 from fastbgad.kernels import resources
 from fastbgad.kernels.resources import (
     BUDGET,
@@ -39,6 +40,24 @@ def run_compiled(*command: str) -> subprocess.CompletedProcess[str]:
 
 def gate(*options: str) -> subprocess.CompletedProcess[str]:
     return run_compiled("-m", "fastbgad.kernels.resources", *options)
+
+
+def test_the_readme_shows_the_budget() -> None:
+    """Its table for sm_90 is `--arch 90 --markdown` without the column of the architecture."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = {}
+    for line in readme.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and cells[1].isdigit():
+            shown[cells[0]] = cells[1:]
+    variants = read_budget(BUDGET)["variants"]
+    assert set(shown) == set(variants)
+    for name, (registers, stack, shared, local, unit) in shown.items():
+        needs = variants[name]["90"]
+        assert (int(registers), int(stack), int(shared), int(local)) == (
+            needs["registers"], needs["stack_bytes"], needs["shared_bytes"], 0
+        ), name  # fmt: skip
+        assert unit == (needs["matrix_unit"] or "-"), name
 
 
 def test_every_kernel_is_within_its_budget(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from .positional import PositionalRows
 # Up to here a row stays on the chip through all layers; so say `flow_weights` and `flow_backward` in fastbgad.kernels.
 MOST_CHANNELS = 256
 MOST_CHANNELS_FLOAT32_GRADIENTS = 64
+# A row's whole condition is one operand.
+MOST_CONDITION_CHANNELS = 128
 
 
 class FlowOutput(NamedTuple):
@@ -105,7 +107,8 @@ def flow_forward(
     with torch.autocast(x.device.type, enabled=False):
         if kind == "triton":
             if wide:
-                return FlowOutput(*flow_wide.forward(x, layers, spec, condition, return_z, precision))
+                found = flow_wide.forward(x, layers, spec, condition, return_z, precision, recompute=recompute)
+                return FlowOutput(*found)
             if needs_grad:
                 options = (return_z, precision, recompute)
                 return FlowOutput(*flow_triton.train(x, layers, spec, condition, rows, *options))
@@ -132,9 +135,9 @@ def flow_forward(
 
 
 def is_wide(spec: FlowSpec, precision: Precision, needs_grad: bool) -> bool:
-    """Whether a flow has too many channels to keep its rows on the chip through all layers."""
+    """Whether a flow has too many channels, or its condition has, to keep its rows on the chip through all layers."""
     most = MOST_CHANNELS_FLOAT32_GRADIENTS if needs_grad and precision == "float32" else MOST_CHANNELS
-    return spec.channels > most
+    return spec.channels > most or spec.condition_channels > MOST_CONDITION_CHANNELS
 
 
 def _gathered(condition: PositionalRows | Tensor | None, rows: Tensor) -> PositionalRows | Tensor | None:

@@ -20,6 +20,7 @@ from ..errors import BackendError
 from ..flow_spec import CouplingWeights, FlowSpec, GlobalAffine
 from .dispatch import Precision, interpreting
 from .flow_tables import global_affine_scale
+from .gradient_scale import gradient_scale
 from .positional import PositionalRows
 
 # Rows whose activations the backward holds at a time when it makes them again instead of reading them.
@@ -139,11 +140,12 @@ def _weights(packed: Sequence[Tensor]) -> Any:
     return FlowWeights(*packed)
 
 
-def _tiles(kernel: str, packed: Sequence[Tensor], device: torch.device, raster: bool = False) -> Mapping[str, int]:
+def _tiles(kernel: str, x: Tensor, packed: Sequence[Tensor], raster: bool = False) -> Mapping[str, int]:
     from ..kernels.flow_forward import tile_key
     from ..kernels.tiles import tiles
 
-    return tiles(kernel, tile_key(_weights(packed), raster), device)
+    operand = str(packed[0].dtype).removeprefix("torch.")
+    return tiles(kernel, tile_key(x.shape[1], operand, raster), x.device)
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -185,7 +187,7 @@ def _flow_infer(
     rows, weights = _rows(x, index, gather, condition, height, width), _weights(packed)
     result = flow_forward(
         rows, weights, channels=x.shape[1], hidden=hidden, clamp=clamp, scaled_tanh=scaled_tanh, want_z=want_z,
-        tiles=_tiles("flow_forward", packed, x.device, is_raster(rows, weights)),
+        tiles=_tiles("flow_forward", x, packed, is_raster(rows, weights) and not want_z),
     )  # fmt: skip
     return result.lp, result.log_det, result.z if result.z is not None else result.lp.new_empty(0, x.shape[1])
 
@@ -194,7 +196,7 @@ flow_infer = _register("flow_infer", _flow_infer)
 
 
 @flow_infer.register_fake
-def _(
+def _flow_infer_fake(
     x: Tensor, packed: list[Tensor], index: Tensor | None, gather: bool, condition: Tensor | None, height: int,
     width: int, hidden: int, clamp: float, scaled_tanh: bool, want_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -231,7 +233,7 @@ def _flow_train(
     result = flow_forward(
         _rows(x, index, gather, condition, height, width), _weights(packed), channels=x.shape[1], hidden=hidden,
         clamp=clamp, scaled_tanh=scaled_tanh, want_z=want_z, save=not recompute,
-        tiles=_tiles("flow_forward", packed, x.device),
+        tiles=_tiles("flow_forward", x, packed),
     )  # fmt: skip
     z = result.z if result.z is not None else result.lp.new_empty(0, x.shape[1])
     saved = result.saved if result.saved is not None else [packed[0].new_empty(0) for _ in range(4)]
@@ -242,7 +244,7 @@ flow_train = _register("flow_train", _flow_train)
 
 
 @flow_train.register_fake
-def _(
+def _flow_train_fake(
     x: Tensor, weights: list[Tensor], packed: list[Tensor], index: Tensor | None, gather: bool,
     condition: Tensor | None, height: int, width: int, condition_channels: int, hidden: int, clamp: float,
     scaled_tanh: bool, affine: str, want_z: bool, recompute: bool,
@@ -295,10 +297,10 @@ def _flow_train_backward(
     d_z = None if d_z is None else torch.where(usable[:, None], d_z.float(), 0).contiguous()
     scale = gradient_scale(d_lp / channels, d_log_det, d_z)
     shape = {"channels": channels, "hidden": hidden, "clamp": clamp, "scaled_tanh": scaled_tanh}
-    forward_tiles = _tiles("flow_forward", packed, x.device)
+    forward_tiles = _tiles("flow_forward", x, packed)
     tiles = {
-        "tiles": _tiles("flow_backward", packed, x.device),
-        "weight_tiles": _tiles("flow_weight_gradient", packed, x.device),
+        "tiles": _tiles("flow_backward", x, packed),
+        "weight_tiles": _tiles("flow_weight_gradient", x, packed),
     }
     recompute = not saved[0].numel()
     step = RECOMPUTE_ROWS if recompute else max(count, 1)
@@ -329,24 +331,11 @@ def _flow_train_backward(
     return x_gradient, total.w1, total.b1, total.w2, total.b2, d_scale, total.offset
 
 
-def gradient_scale(first: Tensor, *others: Tensor | None) -> Tensor:
-    """The power of two [1] that brings the largest gradient to between 8 and 16, found without waiting for the device.
-
-    There is room above, for gradients that grow on their way back (65504 is the largest float16), and the smallest
-    that still counts is a millionth of the largest. All zeros give 1.
-    """
-    largest = torch.stack(
-        [g.abs().amax() for g in (first, *others) if g is not None and g.numel()] or [first.new_zeros(())]
-    ).amax()
-    exponent = torch.floor(4 - torch.log2(largest)).clamp(-120, 120)
-    return torch.where((largest > 0) & torch.isfinite(largest), torch.exp2(exponent), 1.0).reshape(1)
-
-
 flow_train_backward = _register("flow_train_backward", _flow_train_backward)
 
 
 @flow_train_backward.register_fake
-def _(
+def _flow_train_backward_fake(
     x: Tensor, packed: list[Tensor], saved: list[Tensor], lp: Tensor, d_lp: Tensor | None, d_log_det: Tensor | None,
     d_z: Tensor | None, global_scale: Tensor, index: Tensor | None, gather: bool, condition: Tensor | None,
     height: int, width: int, condition_channels: int, hidden: int, clamp: float, scaled_tanh: bool, affine: str,
