@@ -151,7 +151,7 @@ def flow_case(name: str, sizes: Sequence[tuple[int, int]], depth: int, device: t
     def compiled() -> Contender:
         if device.type != "cuda":
             raise SkippedError("compiling for a CPU needs a C++ compiler; this is a dry run")
-        return of(*(torch.compile(level.eager) for level in levels))
+        return of(*(torch.compile(level.eager, dynamic=False) for level in levels))
 
     def freia() -> Contender:
         _freia_installed()
@@ -217,7 +217,7 @@ class TrainingStep:
         self._update(spp_loss(lp, self.anomalous, self.channels, focal=True, impl=impl).total)
 
     def _update(self, total: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
 

@@ -317,10 +317,11 @@ def test_a_bad_row_touches_no_other(bad: float, device: torch.device) -> None:
         assert whole_error(value, without[name]) < 1e-6, name
 
 
-@pytest.mark.parametrize("channels", [9, 72])
+@pytest.mark.parametrize("channels", [64, 128])
 def test_what_leaves_float16_on_the_way_shows(channels: int, device: torch.device) -> None:
     """Also where every hidden unit of the next layer is off and the layer after brings the value back."""
-    # A soft permutation has the same operands and would show it by itself.
+    # A soft permutation has the same operands and would show it by itself, and so would padded hidden units: with these
+    # channels there are none.
     problem = Problem("positions", 12, channels, device, layers=3, hard_permutation=True)
     passive = channels - channels // 2
     with torch.no_grad():
