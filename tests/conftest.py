@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +39,31 @@ def poisoned() -> Iterator[None]:
 def device() -> torch.device:
     """Where kernels run: on the GPU if there is one, else through the interpreter on CPU tensors."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def interpreter_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Under the interpreter every operation costs the same whatever its size, so its tiles of the flow are large.
+
+    Which rows are staged in memory (BK) stays as it ships.
+    """
+    from fastbgad.kernels.tiles import default_tiles
+
+    tiles = {
+        kernel: {key: {**sizes, "BM": 256 if "weight" in kernel else 64, "BH": 64} for key, sizes in entries.items()}
+        for kernel, entries in default_tiles().items()
+        if kernel.startswith("flow")
+    }
+    path = tmp_path_factory.mktemp("tiles") / "interpreter.json"
+    path.write_text(json.dumps({"tiles": tiles}))
+    return path
+
+
+@pytest.fixture
+def large_tiles(interpreter_tiles: Path, device: torch.device) -> Iterator[None]:
+    """The flow's kernels with `interpreter_tiles`; on a GPU with the tiles that ship."""
+    from fastbgad.kernels.tiles import use_tiles
+
+    use_tiles(interpreter_tiles if device.type == "cpu" else None)
+    yield
+    use_tiles(None)
