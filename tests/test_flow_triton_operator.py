@@ -165,3 +165,15 @@ def test_what_the_kernels_cannot_do_is_said(device: torch.device) -> None:
     problem.condition.requires_grad_()
     with pytest.raises(BackendError, match="dense condition"):
         flow_forward(problem.x, problem.flow.weights(), problem.spec, problem.condition, impl="triton")
+
+
+def test_tensors_on_different_devices_are_refused() -> None:
+    """Named by tensor; "meta" stands for a second device."""
+    flow = ConditionalFlow(FlowSpec(8, 128, 1))
+    x, positions, elsewhere = torch.zeros(4, 8), PositionalRows(2, 2), torch.device("meta")
+    with pytest.raises(FeatureError, match="features are on meta but the flow is on cpu"):
+        flow(x.to(elsewhere), positions)
+    with pytest.raises(FeatureError, match="features are on cpu but rows is on meta"):
+        flow(x, positions, rows=torch.zeros(2, dtype=torch.int64, device=elsewhere))
+    with pytest.raises(FeatureError, match="features are on cpu but the condition is on meta"):
+        flow(x, torch.zeros(4, 128, device=elsewhere))
