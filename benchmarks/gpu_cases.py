@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from fastbgad import reference
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import FlowSpec
-from fastbgad.ops import PositionalRows, boundary, score_map, spp_loss
+from fastbgad.ops import PositionalRows, boundary, log_likelihood, score_map, spp_loss
 from tests.flows import double, freia_flow
 
 EAGER, COMPILED, PORTABLE, KERNELS = "eager FrEIA", "compiled FrEIA", "fastbgad torch", "fastbgad triton"
@@ -52,7 +52,8 @@ class Case:
 
     Attributes:
         name: operation and size.
-        operation: which equivalence tests must have passed: "flow", "spp_loss", "boundary" or "score_map".
+        operation: which equivalence tests must have passed: "flow", "log_likelihood", "spp_loss",
+            "boundary" or "score_map".
         exact: the oracle's results in float64.
         contenders: name -> function that prepares one (and may raise `SkippedError`); the first is the baseline.
         tolerance: relative error of each result as a whole.
@@ -80,6 +81,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield flow_case(f"flow, {side * side} rows of {channels} channels", [(channels, side)], depth, device)
     for channels, side in levels:
         yield training_case(channels, side, 40 if quick else 4096, depth, device)
+    yield log_likelihood_case(*((70, 8) if quick else (1_000_000, 40)), device)
     for rows in (70,) if quick else (4096, 1_000_000):
         yield loss_case(rows, device)
     for rows in (70,) if quick else (4096, 1_000_000, 4_000_000):
@@ -254,7 +256,39 @@ def training_case(channels: int, side: int, rows: int, depth: int, device: torch
     return case
 
 
-# ---------------------------------------------------------------- loss, boundary, anomaly map
+# ---------------------------------------------------------------- log-likelihood, loss, boundary, anomaly map
+
+
+def log_likelihood_case(rows: int, channels: int, device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(rows)
+    z = torch.randn(rows, channels, generator=generator).to(device).requires_grad_()
+    log_det, upstream = (torch.randn(rows, generator=generator).to(device) for _ in range(2))
+    log_det = (channels * log_det).requires_grad_()
+
+    def run(operation: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+        lp = operation(*inputs)
+        return [lp.detach(), *torch.autograd.grad(lp, inputs, upstream.to(lp.dtype))]
+
+    def contender(operation: Callable[..., Tensor]) -> Contender:
+        return Contender(lambda: run(operation, z, log_det))
+
+    def exact() -> list[Tensor]:
+        return run(reference.log_likelihood, *(t.detach().double().requires_grad_() for t in (z, log_det)))
+
+    def kernels() -> Contender:
+        return contender(partial(log_likelihood, impl="triton"))
+
+    contenders = {
+        "plain expression": lambda: contender(reference.log_likelihood),
+        PORTABLE: lambda: contender(partial(log_likelihood, impl="torch")),
+        KERNELS: kernels,
+        f"{KERNELS}, CUDA graph": lambda: _graph(kernels(), device),
+    }
+    size = "1M rows" if rows == 1_000_000 else f"{rows} rows"
+    return Case(
+        f"log-likelihood and gradients, {size} of {channels} channels", "log_likelihood", exact, contenders, 1e-6,
+        bytes=4 * rows * (3 * channels + 4),
+    )  # fmt: skip
 
 
 def loss_case(rows: int, device: torch.device) -> Case:

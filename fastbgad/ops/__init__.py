@@ -9,6 +9,7 @@ from .debug import debug_checks
 from .dispatch import Impl, Precision, resolve_impl
 from .flow import FlowOutput, flow_forward, flow_inverse
 from .flow_triton import FlowPack, Geometry, pack_flow
+from .log_likelihood import log_likelihood
 from .positional import PositionalRows
 from .score_map import ScoreMap, score_map
 from .spp_loss import MlForm, Reduction, contrastive_loss, spp_loss
@@ -29,6 +30,7 @@ __all__ = [
     "debug_checks",
     "flow_forward",
     "flow_inverse",
+    "log_likelihood",
     "pack_flow",
     "resolve_impl",
     "score_map",

@@ -11,7 +11,6 @@ Three things make it fast; the equations stay those of `fastbgad.reference.flow`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,13 +20,14 @@ from torch.nn.functional import embedding_bag
 
 from ..flow_spec import CouplingWeights, FlowSpec
 from .flow_tables import Bias, DenseBias, Folded, GatheredBias, RasterBias, fold, global_affine_scale, subnet_scale
+from .log_likelihood import LOG_2PI as LOG_2PI
+from .log_likelihood import portable_log_likelihood
 from .positional import PositionalRows
 
 # At inference the hidden activations of a chunk stay in the cache (1.2 MB in float32 for C = 40). Training writes them
 # to memory anyway, and longer chunks make fewer and larger products.
 CHUNK_ROWS = 1024
 TRAINING_CHUNK_ROWS = 4096
-LOG_2PI = math.log(2 * math.pi)
 
 
 class Saved(NamedTuple):
@@ -38,11 +38,6 @@ class Saved(NamedTuple):
     sigmoid: Tensor  # [n, C2], of twice the pre-activation: s = clamp (2 sigmoid - 1)
     scale: Tensor  # [n, C2], exp(s)
     y: Tensor  # [n, C], [x1, x2 exp(s) + a_t]
-
-
-def log_likelihood_(z: Tensor, log_det: Tensor) -> Tensor:
-    """lp = (-C/2 ln(2 pi) - 1/2 |z|^2 + log_det) / C, [N]."""
-    return (log_det - 0.5 * torch.linalg.vecdot(z, z)) / z.shape[1] - 0.5 * LOG_2PI
 
 
 @torch.no_grad()
@@ -94,7 +89,7 @@ def infer(
             state, following = following, state
         torch.sum(scale_sum, dim=1, out=log_det[start:stop])
         log_det[start:stop].add_(log_g)
-        lp[start:stop] = log_likelihood_(state, log_det[start:stop])
+        lp[start:stop] = portable_log_likelihood(state, log_det[start:stop])
         if z is not None:
             z[start:stop] = state
     return lp, log_det, z
@@ -144,7 +139,7 @@ class FlowFunction(torch.autograd.Function):
         ctx.save_for_backward(z, *weights, *saved)
         ctx.spec, ctx.bias, ctx.chunks, ctx.positions, ctx.folded = spec, bias, chunks, positions, folded
         ctx.set_materialize_grads(False)
-        return log_likelihood_(z, log_det), log_det, z
+        return portable_log_likelihood(z, log_det), log_det, z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
