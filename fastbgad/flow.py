@@ -31,7 +31,8 @@ class CouplingLayer(nn.Module):
         self.global_scale = nn.Parameter(torch.full((1, channels), start))
         self.global_offset = nn.Parameter(torch.zeros(1, channels))
         draw = _random_permutation if spec.hard_permutation else _random_rotation
-        w_perm = draw(channels, generator).float()
+        # Contiguous: a QR decomposition leaves its columns side by side, and the kernels read rows.
+        w_perm = draw(channels, generator).float().contiguous()
         self.w_perm = nn.Parameter(w_perm, requires_grad=False)
         self.w_perm_inv = nn.Parameter(w_perm.T.contiguous(), requires_grad=False)
         self.subnet = nn.Sequential(

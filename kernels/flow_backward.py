@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .flow_forward import Rows, Saved, condition_kind
+from .flow_pack import flow_unpack
 from .flow_tiles import (
     DENSE,
     NONE,
@@ -36,7 +37,7 @@ from .flow_weights import MOST_CHANNELS, FlowWeights
 def flow_backward_kernel(
     INDEX, CONDITION, W1X, W1P, BIAS, TABLE, W2, AFFINE, PERM, PERM_INDEX, STAGE, STATE,
     LP, V, SAVED_X, SAVED_Y2, SAVED_S, D_LP, D_LOG_DET, D_Z, SCALE,
-    D_X, D_PRE, PARTIAL,
+    D_X, D_PRE, PARTIAL, PARTIAL_DET,
     rows, sources, height, width, blocks, layers, clamp, inner_clamp,
     C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     COND: tl.constexpr, HAS_INDEX: tl.constexpr, GATHER: tl.constexpr, HARD: tl.constexpr, SPLIT: tl.constexpr,
@@ -73,6 +74,7 @@ def flow_backward_kernel(
         # lp = (-C/2 ln(2 pi) - 1/2 |z|^2 + log_det) / C, and |z| = |v| of the last layer
         d_lp = scale * tl.load(D_LP + row, mask=inside, other=0.0)
         d_det = d_lp / C + scale * tl.load(D_LOG_DET + row, mask=inside, other=0.0)
+        tl.store(PARTIAL_DET + block, tl.sum(d_det, 0))
         at = row[:, None] * C + channel[None, :]
         d1 = tl.load(V + at, mask=in_first, other=0.0) * (-d_lp / C)[:, None]
         d2 = tl.load(V + at + C1, mask=in_second, other=0.0) * (-d_lp / C)[:, None]
@@ -102,7 +104,7 @@ def flow_backward_kernel(
                     perm = PERM + (layer * 2 + 1) * (4 + 4 * SPLIT) * K * K
                     d1, d2 = permute_soft(d1, d2, perm, STAGE, BM, K, BK, NS, SPLIT, False)
             partial = PARTIAL + (tl.cast(block, tl.int64) * layers + layer) * 6 * K + channel
-            affine = AFFINE + layer * 4 * K + channel
+            affine = AFFINE + layer * 6 * K + channel
             # v = g y + offset: sums over rows of dv y and of dv, first half
             x1 = tl.load(SAVED_X + layer * 2 * saved_layer + saved, mask=in_saved, other=0.0)
             tl.store(partial, tl.sum(d1 * x1.to(tl.float32), 0))
@@ -259,14 +261,14 @@ def flow_weight_gradient_kernel(
 
 
 class FlowGradients(NamedTuple):
-    """Gradients of the stacked weights, float32, and of the features."""
+    """Gradients of the weights of all layers, stacked, and of the features; float32."""
 
     w1: Tensor  # [L, H, C1 + P]
     b1: Tensor  # [L, H]
     w2: Tensor  # [L, 2 * C2, H]
     b2: Tensor  # [L, 2 * C2]
-    v_dot_y: Tensor  # [L, C], sum over rows of dv y: the gradient of g without its share in log_det
-    offset: Tensor  # [L, C]
+    global_scale: Tensor  # [L, C]
+    global_offset: Tensor  # [L, C]
     x: Tensor | None  # [N, C]
 
 
@@ -291,11 +293,10 @@ def flow_backward(
 ) -> FlowGradients:
     """Launches both kernels on N rows; the arguments are those of `flow_forward` and the gradients of its results."""
     count, layers, k = rows.count, weights.b2.shape[0], weights.b2.shape[2]
-    c2 = channels // 2
-    c1, padded, stride = channels - c2, weights.bias.shape[1], saved.s.shape[2]
+    padded, stride = weights.bias.shape[1], saved.s.shape[2]
     operand, device = weights.w1x.dtype, lp.device
     kind = condition_kind(rows, weights, raster=False)
-    p, pp = 0, 2
+    p, pp = 0, 32
     if kind == DENSE:
         assert rows.condition is not None
         p, pp = rows.condition.shape[1], weights.w1p.shape[2]
@@ -311,7 +312,7 @@ def flow_backward(
     blocks = triton.cdiv(count, tiles["BM"])
     d_x = empty(count, channels) if want_dx else None
     d_pre = empty(layers, 2, count, stride, dtype=operand)
-    partial = empty(blocks, layers, 6, k)
+    partial, partial_det = empty(blocks, layers, 6, k), empty(blocks)
     shared = {
         "K": k, "HP": padded, "P": p, "PP": pp, "COND": kind, "HAS_INDEX": rows.index is not None,
         "GATHER": rows.gather, "CS": stride,
@@ -323,7 +324,7 @@ def flow_backward(
                 index, condition, weights.w1x, weights.w1p, weights.bias, weights.tables, weights.w2, weights.affine,
                 weights.w_perm, weights.perm_index, stage, state,
                 lp, *saved, d_lp, d_log_det, d_z if d_z is not None else nothing, scale,
-                d_x if d_x is not None else nothing, d_pre, partial,
+                d_x if d_x is not None else nothing, d_pre, partial, partial_det,
                 count, len(rows.features), rows.height, rows.width, blocks, layers, clamp,
                 1 / clamp if scaled_tanh else 1.0,
                 C=channels, H=hidden, HARD=bool(weights.perm_index.numel()), SPLIT=operand == torch.float16,
@@ -344,24 +345,12 @@ def flow_backward(
             num_warps=weight_tiles["num_warps"], num_stages=weight_tiles["num_stages"],
         )  # fmt: skip
 
-    unscale = 1 / scale
-    sums = partial.sum(dim=0) * unscale  # [L, 6, K]
-    d_w1 = d_w1x.sum(dim=0)[:, :hidden, :c1]
-    if kind == TABLES:
-        taken = condition_channels // 2
-        columns, lines = d_w1p.sum(dim=0)[:, :hidden].split(pp // 2, dim=2)
-        d_w1 = torch.cat([d_w1, columns[:, :, :taken], lines[:, :, :taken]], dim=2)
-    elif kind == DENSE:
-        d_w1 = torch.cat([d_w1, d_w1p.sum(dim=0)[:, :hidden, :p]], dim=2)
-    return FlowGradients(
-        d_w1 * unscale,
-        d_b1.sum(dim=0)[:, :hidden] * unscale,
-        (d_w2.sum(dim=0)[:, :, :hidden, :c2] * unscale).mT.reshape(layers, 2 * c2, hidden),
-        sums[:, 4:, :c2].reshape(layers, 2 * c2).contiguous(),
-        torch.cat([sums[:, 0, :c1], sums[:, 1, :c2]], dim=1),
-        torch.cat([sums[:, 2, :c1], sums[:, 3, :c2]], dim=1),
-        d_x,
-    )
+    found = flow_unpack(
+        weights, scale, d_w1x, d_w1p, d_b1, d_w2, partial, partial_det, channels=channels, hidden=hidden,
+        condition_channels=condition_channels, kind=kind,
+    )  # fmt: skip
+    w1, b1, w2, b2, global_scale, global_offset = found
+    return FlowGradients(w1, b1, w2, b2, global_scale, global_offset, d_x)
 
 
 def most_channels_with_gradients(operand: str) -> int:

@@ -138,7 +138,7 @@ def flow_forward_kernel(
                 tl.store(SAVED_Y2 + layer * saved_layer + saved, x2.to(dtype), mask=in_saved)
                 tl.store(SAVED_S + layer * saved_layer + saved, s, mask=in_saved)
             # out = W_perm (g y + offset)
-            affine = AFFINE + layer * 4 * K + channel
+            affine = AFFINE + layer * 6 * K + channel
             x1 = x1 * tl.load(affine)[None, :] + tl.load(affine + 2 * K)[None, :]
             x2 = x2 * tl.load(affine + K)[None, :] + tl.load(affine + 3 * K)[None, :]
             # The last permutation is a rotation: it does not change |z|.

@@ -16,6 +16,7 @@ from .flow_backward import (
     most_channels_with_gradients,
 )
 from .flow_forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, saved_stride, tile_key
+from .flow_pack import BLOCK, PARTIAL_ROWS, flow_pack_kernel, flow_unpack_kernel
 from .flow_tiles import DENSE, RASTER, TABLES
 from .flow_weights import HIDDEN_MULTIPLE, FlowWeights, pack, tile_channels
 from .tiles import default_tiles
@@ -52,6 +53,8 @@ def variants() -> list[Variant]:
                     kernel = flow_weight_gradient_kernel
                     found.append(_variant(kernel, "flow_weight_gradient", channels, precision, int(kind), sizes, {}))
     for channels in (40, 200):
+        for kind in (TABLES, DENSE):
+            found.extend(_pack_variants(channels, int(kind)))
         found.append(_forward_variant(channels, "float16", int(RASTER), latent=True))
         found.append(_forward_variant(channels, "float16", int(RASTER), hard=True))
         found.append(_backward_variant(channels, "float16", int(TABLES), latent=True))
@@ -110,6 +113,18 @@ def _variant(
             )
     title = f"{name} C={channels} {KINDS[kind]} {precision}"
     return Variant(title, kernel, types, used, sizes["num_warps"], sizes["num_stages"])
+
+
+def _pack_variants(channels: int, kind: int) -> list[Variant]:
+    """Packing float16 operands from float32 weights, and unpacking their gradients."""
+    sizes = {"BU": BLOCK, "BB": PARTIAL_ROWS, "num_warps": 8, "num_stages": 2}
+    constants = {"ACTIVATION": 0, "P": CONDITION_CHANNELS}
+    found = []
+    for name, kernel in (("flow_pack", flow_pack_kernel), ("flow_unpack", flow_unpack_kernel)):
+        variant = _variant(kernel, name, channels, "float16", kind, sizes, constants)
+        types = {**variant.types, "ADDRESSES": "*i64", "CODES": "*fp32", "places": "i32"}
+        found.append(variant._replace(types={key: types[key] for key in types if key in kernel.arg_names}))
+    return found
 
 
 def hidden_channels(channels: int) -> int:
@@ -171,8 +186,8 @@ def random_weights(channels: int, side: int, device: torch.device, layers: int =
     return pack(
         draw(hidden, inputs, bound=inputs**-0.5), draw(hidden, bound=inputs**-0.5),
         draw(2 * c2, hidden, bound=hidden**-0.5), draw(2 * c2, bound=hidden**-0.5),
-        1 + draw(channels, bound=0.1), draw(channels, bound=0.1), rotation, (codes[0], codes[1]), False, False,
-        torch.float16,
+        1 + draw(channels, bound=0.1), 0.1 + draw(channels, bound=0.01), draw(channels, bound=0.1), rotation,
+        (codes[0], codes[1]), False, False, torch.float16,
     )  # fmt: skip
 
 
@@ -214,7 +229,7 @@ def _backward_problem(channels: int, side: int, kernel: str) -> Problem:
                 condition_channels=CONDITION_CHANNELS, clamp=CLAMP, scaled_tanh=False,
                 tiles=chosen["flow_backward"], weight_tiles=chosen["flow_weight_gradient"],
             )  # fmt: skip
-            return gradients.w1, gradients.w2, gradients.b1, gradients.v_dot_y
+            return gradients.w1, gradients.w2, gradients.b1, gradients.global_scale
 
         return run
 

@@ -33,7 +33,7 @@ class FlowWeights(NamedTuple):
     codes: Tensor  # [height + width, PP / 2] operand, the positions' codes; empty without positions
     w2: Tensor  # [L, 2, K, HP] operand, second linear layer: rows of s, rows of t
     b2: Tensor  # [L, 2, K] float32
-    affine: Tensor  # [L, 2, 2, K] float32: g and offset, each of both halves
+    affine: Tensor  # [L, 3, 2, K] float32: g, offset and dg / d(global scale), each of both halves
     w_perm: Tensor  # [L, 2, S, 2, 2, K, K] operand: there and back; S parts (high, low); from half, to half; from, to
     perm_index: (
         Tensor  # [L, 2, 2, K] int32, hard permutation: where each channel comes from, there and back; else empty
@@ -52,6 +52,7 @@ def pack(
     w2: Tensor,  # [L, 2 * C2, H]
     b2: Tensor,  # [L, 2 * C2]
     g: Tensor,  # [L, C]
+    slope: Tensor,  # [L, C], its derivative with respect to the parameter
     offset: Tensor,  # [L, C]
     w_perm: Tensor,  # [L, C, C]
     codes: tuple[Tensor, Tensor] | None,  # [height, P / 2] of the lines and [width, P / 2] of the columns
@@ -59,7 +60,7 @@ def pack(
     hard: bool,
     dtype: torch.dtype,
 ) -> FlowWeights:
-    """Stacked float32 weights to `FlowWeights`; a few launches that do not depend on the number of rows.
+    """Stacked float32 weights to `FlowWeights` in plain PyTorch, some fifty launches; `flow_pack` is tested against it.
 
     `codes` makes tables for positions, `dense` keeps the columns of W1 that see a dense condition; neither for an
     unconditional flow. `hard`: W_perm is a permutation matrix.
@@ -95,8 +96,8 @@ def pack(
     packed_w2[:, :, :c2, :hidden] = w2.view(layers, 2, c2, hidden)
     packed_b2 = w1.new_zeros(layers, 2, k)
     packed_b2[:, :, :c2] = b2.view(layers, 2, c2)
-    affine = w1.new_zeros(layers, 2, 2, k)
-    for i, values in enumerate((g, offset)):
+    affine = w1.new_zeros(layers, 3, 2, k)
+    for i, values in enumerate((g, offset, slope)):
         affine[:, i, 0, :c1] = values[:, :c1]
         affine[:, i, 1, :c2] = values[:, c1:]
 

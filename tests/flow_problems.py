@@ -94,7 +94,7 @@ class Problem:
             self.x, [t for layer in self.flow.weights() for t in layer], pack.tensors,
             index if self.rows is None else self.rows, self.rows is not None,
             self.condition if isinstance(self.condition, Tensor) else None, HEIGHT, WIDTH, self.spec.condition_channels,
-            self.spec.hidden_channels, self.spec.clamp, self.spec.clamp_form == "scaled_tanh", self.spec.global_affine,
+            self.spec.hidden_channels, self.spec.clamp, self.spec.clamp_form == "scaled_tanh",
             False, False,
         )[4]  # fmt: skip
         return kept[:, 0, :, : self.spec.passive_channels]

@@ -28,7 +28,7 @@ def test_registered_operators(device: torch.device) -> None:
     shape = (problem.spec.hidden_channels, 1.9, False)
     torch.library.opcheck(flow_infer, (problem.x, pack.tensors, *where, *shape, True))
     weights = [t.detach().requires_grad_(i % 7 != 6) for layer in problem.flow.weights() for i, t in enumerate(layer)]
-    torch.library.opcheck(flow_train, (problem.x, weights, pack.tensors, *where, 128, *shape, "SOFTPLUS", True, False))
+    torch.library.opcheck(flow_train, (problem.x, weights, pack.tensors, *where, 128, *shape, True, False))
 
 
 class Scores(torch.nn.Module):
@@ -109,12 +109,11 @@ def test_gradients_have_the_strides_of_the_fake(device: torch.device) -> None:
     pack = pack_flow(problem.flow.weights(), problem.spec, Geometry.of(problem.condition, "float16"))
     assert isinstance(problem.condition, PositionalRows)
     where = (problem.condition.index, False, None, HEIGHT, WIDTH)
-    shape = (128, problem.spec.hidden_channels, 1.9, False, "SOFTPLUS")
+    shape = (128, problem.spec.hidden_channels, 1.9, False)
     weights = [t for layer in problem.flow.weights() for t in layer]
     lp, _, _, *saved = flow_train(x, weights, pack.tensors, *where, *shape, False, False)
-    scales = torch.stack([layer.global_scale for layer in problem.flow.weights()]).detach()
     arguments = (
-        x.detach(), pack.tensors, saved, lp.detach(), torch.ones_like(lp), None, None, scales, *where, *shape, True
+        x.detach(), pack.tensors, saved, lp.detach(), torch.ones_like(lp), None, None, *where, *shape, True
     )  # fmt: skip
     for real, fake in zip(flow_train_backward(*arguments), _flow_train_backward_fake(*arguments), strict=True):
         assert real.shape == fake.shape

@@ -10,6 +10,7 @@ Packing is plain PyTorch outside the operators: a compiler may fuse it, and a fr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -55,23 +56,31 @@ class FlowPack(NamedTuple):
 
 @torch.no_grad()
 def pack_flow(layers: Sequence[CouplingWeights], spec: FlowSpec, geometry: Geometry) -> FlowPack:
-    """Packs a flow; some thirty small launches that do not depend on the number of rows or layers.
+    """Packs a flow, in one launch where its tensors are float32; the cost does not depend on the number of rows.
 
     The result is a snapshot: later changes of the weights do not reach it.
     """
-    from ..kernels.flow_weights import pack
-
-    stacked = [torch.stack(tensors).float() for tensors in zip(*layers, strict=True)]
-    w1, b1, w2, b2, global_scale, offset, w_perm = stacked
-    g, _ = global_affine_scale(global_scale, spec.global_affine)
     codes = None
     if geometry.positions:
-        where = PositionalRows(geometry.height, geometry.width, channels=spec.condition_channels)
-        columns, lines = where.codes(torch.float32, w1.device)
-        codes = lines, columns
-    operand = torch.float16 if geometry.precision == "float16" else torch.float32
-    packed = pack(w1, b1, w2, b2, g, offset, w_perm, codes, geometry.dense, spec.hard_permutation, operand)
+        codes = stacked_codes(geometry.height, geometry.width, spec.condition_channels, layers[0].w1.device)
+    weights = [tensor.detach() for layer in layers for tensor in layer]
+    plain = spec.hard_permutation or any(t.dtype != torch.float32 or not t.is_contiguous() for t in weights)
+    pack = _plain_pack if plain else flow_pack
+    shape = (geometry.height, geometry.width, spec.channels, spec.hidden_channels, spec.condition_channels)
+    half = geometry.precision == "float16"
+    packed = pack(weights, codes, *shape, geometry.dense, spec.global_affine, spec.hard_permutation, half)
     return FlowPack(list(packed), geometry)
+
+
+@functools.lru_cache(maxsize=64)
+def stacked_codes(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """The codes of a map's lines and then of its columns, float32 [height + width, PP / 2], padded with zeros."""
+    from ..kernels.flow_weights import tile_condition
+
+    columns, lines = PositionalRows(height, width, channels=channels).codes(torch.float32, device)
+    codes = columns.new_zeros(height + width, tile_condition(channels) // 2)
+    codes[:, : channels // 2] = torch.cat([lines, columns])
+    return codes
 
 
 def infer(
@@ -106,7 +115,7 @@ def train(
     lp, log_det, z, *_ = flow_train(
         _unit_stride(x), [tensor for layer in layers for tensor in layer], pack.tensors,
         *_where(pack.geometry, condition, rows, x.device), spec.condition_channels, spec.hidden_channels, spec.clamp,
-        spec.clamp_form == "scaled_tanh", spec.global_affine, return_z,
+        spec.clamp_form == "scaled_tanh", return_z,
         count > MOST_SAVED_ROWS if recompute is None else recompute,
     )  # fmt: skip
     return lp, log_det, z if return_z else None
@@ -165,6 +174,68 @@ def _register(name: str, function: Callable[..., Any]) -> Any:
     return operator
 
 
+# ---------------------------------------------------------------- packing
+
+
+def _plain_pack(
+    weights: list[Tensor], codes: Tensor | None, height: int, width: int, channels: int, hidden: int,
+    condition_channels: int, dense: bool, affine: str, hard: bool, half: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Packing in plain PyTorch, for tensors of any type and for hard permutations."""
+    from ..kernels.flow_weights import pack
+
+    per_layer = len(CouplingWeights._fields)
+    stacked = [torch.stack(weights[i::per_layer]).float() for i in range(per_layer)]
+    w1, b1, w2, b2, global_scale, offset, w_perm = stacked
+    g, slope = global_affine_scale(global_scale, cast(GlobalAffine, affine))
+    places = None
+    if codes is not None:
+        used = codes[:, : condition_channels // 2]
+        places = used[:height], used[height:]
+    operand = torch.float16 if half else torch.float32
+    return tuple(pack(w1, b1, w2, b2, g, slope, offset, w_perm, places, dense, hard, operand))
+
+
+def _flow_pack(
+    weights: list[Tensor],
+    codes: Tensor | None,
+    height: int,
+    width: int,
+    channels: int,
+    hidden: int,
+    condition_channels: int,
+    dense: bool,
+    affine: str,
+    hard: bool,
+    half: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`fastbgad.kernels.flow_weights.FlowWeights` of contiguous float32 weights with a soft permutation."""
+    from ..kernels.flow_pack import flow_pack
+
+    return tuple(
+        flow_pack(
+            weights, codes, (height, width), channels=channels, hidden=hidden, condition_channels=condition_channels,
+            dense=dense, activation=affine, operand=torch.float16 if half else torch.float32,
+        )
+    )  # fmt: skip
+
+
+flow_pack = _register("flow_pack", _flow_pack)
+
+
+@flow_pack.register_fake
+def _flow_pack_fake(
+    weights: list[Tensor], codes: Tensor | None, height: int, width: int, channels: int, hidden: int,
+    condition_channels: int, dense: bool, affine: str, hard: bool, half: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        torch.empty_like(tensor)
+        for tensor in _plain_pack(
+            weights, codes, height, width, channels, hidden, condition_channels, dense, affine, False, half
+        )
+    )
+
+
 # ---------------------------------------------------------------- inference
 
 
@@ -220,7 +291,6 @@ def _flow_train(
     hidden: int,
     clamp: float,
     scaled_tanh: bool,
-    affine: str,
     want_z: bool,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -247,7 +317,7 @@ flow_train = _register("flow_train", _flow_train)
 def _flow_train_fake(
     x: Tensor, weights: list[Tensor], packed: list[Tensor], index: Tensor | None, gather: bool,
     condition: Tensor | None, height: int, width: int, condition_channels: int, hidden: int, clamp: float,
-    scaled_tanh: bool, affine: str, want_z: bool, recompute: bool,
+    scaled_tanh: bool, want_z: bool, recompute: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     count, channels = x.shape[0] if index is None else index.shape[0], x.shape[1]
     layers = len(weights) // len(CouplingWeights._fields)
@@ -272,7 +342,6 @@ def _flow_train_backward(
     d_lp: Tensor | None,
     d_log_det: Tensor | None,
     d_z: Tensor | None,
-    global_scale: Tensor,
     index: Tensor | None,
     gather: bool,
     condition: Tensor | None,
@@ -282,7 +351,6 @@ def _flow_train_backward(
     hidden: int,
     clamp: float,
     scaled_tanh: bool,
-    affine: str,
     want_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x ([0] if not wanted) and of w1, b1, w2, b2, global_scale and global_offset, stacked [L, ...]."""
@@ -324,11 +392,8 @@ def _flow_train_backward(
             *(a + b for a, b in zip(total[:-1], gradients[:-1], strict=True)), None
         )  # fmt: skip
     assert total is not None
-    # log_det adds sum(log g) to every row
-    g, slope = global_affine_scale(global_scale, cast(GlobalAffine, affine))
-    d_scale = (total.v_dot_y + (d_lp / channels + d_log_det).sum() / g) * slope
     x_gradient = torch.cat(d_x) if want_dx else lp.new_empty(0)
-    return x_gradient, total.w1, total.b1, total.w2, total.b2, d_scale, total.offset
+    return x_gradient, *total[:-1]
 
 
 flow_train_backward = _register("flow_train_backward", _flow_train_backward)
@@ -337,11 +402,10 @@ flow_train_backward = _register("flow_train_backward", _flow_train_backward)
 @flow_train_backward.register_fake
 def _flow_train_backward_fake(
     x: Tensor, packed: list[Tensor], saved: list[Tensor], lp: Tensor, d_lp: Tensor | None, d_log_det: Tensor | None,
-    d_z: Tensor | None, global_scale: Tensor, index: Tensor | None, gather: bool, condition: Tensor | None,
-    height: int, width: int, condition_channels: int, hidden: int, clamp: float, scaled_tanh: bool, affine: str,
-    want_dx: bool,
+    d_z: Tensor | None, index: Tensor | None, gather: bool, condition: Tensor | None, height: int, width: int,
+    condition_channels: int, hidden: int, clamp: float, scaled_tanh: bool, want_dx: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    layers, channels = global_scale.shape
+    layers, channels = packed[0].shape[0], x.shape[1]
     c2 = channels // 2
     shapes = [
         (lp.shape[0], channels) if want_dx else (0,), (layers, hidden, channels - c2 + condition_channels),
@@ -362,13 +426,11 @@ def _backward(ctx: Any, d_lp: Tensor | None, d_log_det: Tensor | None, d_z: Tens
     x, index, condition, lp, *rest = ctx.saved_tensors
     per_layer = len(CouplingWeights._fields)
     saved, weights, packed = rest[:4], rest[4 : 4 + per_layer * ctx.layers], rest[4 + per_layer * ctx.layers :]
-    height, width, condition_channels, hidden, clamp, scaled_tanh, affine, want_z, _ = ctx.options
-    place = CouplingWeights._fields.index("global_scale")
-    scales = torch.stack(weights[place::per_layer])
+    height, width, condition_channels, hidden, clamp, scaled_tanh, want_z, _ = ctx.options
     want_dx = ctx.needs_input_grad[0]
     d_x, *stacked = flow_train_backward(
-        x, packed, saved, lp, d_lp, d_log_det, d_z if want_z else None, scales.float(), index, ctx.gather, condition,
-        height, width, condition_channels, hidden, clamp, scaled_tanh, affine, want_dx,
+        x, packed, saved, lp, d_lp, d_log_det, d_z if want_z else None, index, ctx.gather, condition,
+        height, width, condition_channels, hidden, clamp, scaled_tanh, want_dx,
     )  # fmt: skip
     d_weights: list[Tensor | None] = []
     for layer in range(ctx.layers):
