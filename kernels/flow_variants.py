@@ -155,7 +155,7 @@ def tuning_cases() -> list[TuningCase]:
 
 
 def _candidates(channels: int) -> list[dict[str, int]]:
-    """Tiles to try: those of which a thread's registers hold its share, in few enough combinations for a short lease.
+    """Tiles to try: those of which a thread's registers hold its share, in few enough combinations for a few minutes.
 
     Narrow rows may stay in registers (BK 0); wide ones would spill.
     """
