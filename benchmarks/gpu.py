@@ -37,6 +37,7 @@ from gpu_timing import Timer, ceilings  # noqa: E402
 from fastbgad.environment import machine, versions  # noqa: E402
 from fastbgad.files import write_json  # noqa: E402
 from fastbgad.kernels.tiles import slug  # noqa: E402
+from fastbgad.kernels.tune import output_of  # noqa: E402
 
 # Whose tests speak for which operation.
 TESTS = {
@@ -243,14 +244,6 @@ def run(options: argparse.Namespace, say: Callable[[str], object]) -> int:
     keep()
     say(f"\n{path}, {time.monotonic() - start:.0f} s")
     return 1 if failed or wrong else 0
-
-
-def output_of(*command: str) -> str | None:
-    """What a command prints; None where it is not installed or fails."""
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 if __name__ == "__main__":

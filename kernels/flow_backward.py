@@ -30,7 +30,7 @@ from .flow_tiles import (
     place_rows,
     staging,
 )
-from .flow_weights import MOST_CHANNELS, FlowWeights
+from .flow_weights import FlowWeights
 
 
 @triton.jit(do_not_specialize=["rows", "sources", "blocks", "layers", "clamp", "inner_clamp"])
@@ -351,11 +351,6 @@ def flow_backward(
     )  # fmt: skip
     w1, b1, w2, b2, global_scale, global_offset = found
     return FlowGradients(w1, b1, w2, b2, global_scale, global_offset, d_x)
-
-
-def most_channels_with_gradients(operand: str) -> int:
-    """Largest number of channels that the backward takes; float32 operands of wider rows do not fit in registers."""
-    return MOST_CHANNELS if operand == "float16" else 64
 
 
 def row_splits(programs: int, blocks: int, device: torch.device) -> int:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .flow_tiles import DENSE, NONE, RASTER, TABLES, hidden_bias, permute_hard, permute_soft, place_rows, staging, tanh
-from .flow_weights import MOST_CHANNELS, FlowWeights, tile_channels
+from .flow_weights import MOST_CHANNELS, FlowWeights, saved_stride, tile_channels
 
 LOG_2PI = tl.constexpr(math.log(2 * math.pi))
 
@@ -248,11 +248,6 @@ class ForwardResult(NamedTuple):
     log_det: Tensor
     z: Tensor | None
     saved: Saved | None
-
-
-def saved_stride(channels: int) -> int:
-    """CS: channels of a saved half row; a multiple of 8, so that 16-bit rows start at 16 bytes."""
-    return -(-(channels - channels // 2) // 8) * 8
 
 
 def tile_key(channels: int, operand: str, raster: bool = False) -> str:

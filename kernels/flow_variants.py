@@ -9,16 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .flow_backward import (
-    flow_backward,
-    flow_backward_kernel,
-    flow_weight_gradient_kernel,
-    most_channels_with_gradients,
-)
-from .flow_forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, saved_stride, tile_key
+from .flow_backward import flow_backward, flow_backward_kernel, flow_weight_gradient_kernel
+from .flow_forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, tile_key
 from .flow_pack import BLOCK, PARTIAL_ROWS, flow_pack_kernel, flow_unpack_kernel
 from .flow_tiles import DENSE, RASTER, TABLES
-from .flow_weights import HIDDEN_MULTIPLE, FlowWeights, pack, tile_channels
+from .flow_weights import HIDDEN_MULTIPLE, FlowWeights, most_channels_with_gradients, pack, saved_stride, tile_channels
 from .tiles import default_tiles
 from .variant import TuningCase, Variant
 

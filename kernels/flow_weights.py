@@ -129,3 +129,13 @@ def pack(
 def tile_condition(channels: int) -> int:
     """PP: the power of two, at least 32, that holds the condition; its halves are products of their own."""
     return max(32, 1 << (channels - 1).bit_length())
+
+
+def saved_stride(channels: int) -> int:
+    """CS: channels of a saved half row; a multiple of 8, so that 16-bit rows start at 16 bytes."""
+    return -(-(channels - channels // 2) // 8) * 8
+
+
+def most_channels_with_gradients(operand: str) -> int:
+    """Largest number of channels that the backward takes; float32 operands of wider rows do not fit in registers."""
+    return MOST_CHANNELS if operand == "float16" else 64

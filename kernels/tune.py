@@ -300,17 +300,17 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the measurements hold for."""
     return {
         "gpu": torch.cuda.get_device_name(device),
-        "driver": _output_of(
+        "driver": output_of(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index}"
         ),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _output_of("git", "-C", str(CONFIGS), "rev-parse", "HEAD"),
+        "commit": output_of("git", "-C", str(CONFIGS), "rev-parse", "HEAD"),
     }
 
 
-def _output_of(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """What a command prints; None where it is not installed or fails."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip() or None

@@ -15,15 +15,13 @@ from torch import Tensor
 from .. import reference
 from ..errors import BackendError, ConfigError, FeatureError
 from ..flow_spec import CouplingWeights, FlowSpec
+from ..kernels.flow_weights import MOST_CHANNELS, most_channels_with_gradients
 from . import flow_torch, flow_triton, flow_wide
 from .debug import check_values, debugging
 from .dispatch import Impl, Precision, compute_dtype, resolve_impl
 from .flow_triton import FlowPack, Geometry, pack_flow
 from .positional import PositionalRows
 
-# Up to here a row stays on the chip through all layers; so say `flow_weights` and `flow_backward` in fastbgad.kernels.
-MOST_CHANNELS = 256
-MOST_CHANNELS_FLOAT32_GRADIENTS = 64
 # A row's whole condition is one operand.
 MOST_CONDITION_CHANNELS = 128
 
@@ -136,7 +134,7 @@ def flow_forward(
 
 def is_wide(spec: FlowSpec, precision: Precision, needs_grad: bool) -> bool:
     """Whether a flow has too many channels, or its condition has, to keep its rows on the chip through all layers."""
-    most = MOST_CHANNELS_FLOAT32_GRADIENTS if needs_grad and precision == "float32" else MOST_CHANNELS
+    most = most_channels_with_gradients(precision) if needs_grad else MOST_CHANNELS
     return spec.channels > most or spec.condition_channels > MOST_CONDITION_CHANNELS
 
 

@@ -20,7 +20,6 @@ from torch.nn.functional import embedding_bag
 
 from ..flow_spec import CouplingWeights, FlowSpec
 from .flow_tables import Bias, DenseBias, Folded, GatheredBias, RasterBias, fold, global_affine_scale, subnet_scale
-from .log_likelihood import LOG_2PI as LOG_2PI
 from .log_likelihood import portable_log_likelihood
 from .positional import PositionalRows
 

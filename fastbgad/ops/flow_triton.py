@@ -319,9 +319,11 @@ def _flow_train_fake(
     condition: Tensor | None, height: int, width: int, condition_channels: int, hidden: int, clamp: float,
     scaled_tanh: bool, want_z: bool, recompute: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    from ..kernels.flow_weights import saved_stride
+
     count, channels = x.shape[0] if index is None else index.shape[0], x.shape[1]
     layers = len(weights) // len(CouplingWeights._fields)
-    operand, stride = packed[0].dtype, -(-(channels - channels // 2) // 8) * 8
+    operand, stride = packed[0].dtype, saved_stride(channels)
     results = _empty(x, count), _empty(x, count), _empty(x, count if want_z else 0, channels)
     if recompute:
         return *results, *(_empty(x, 0, dtype=operand) for _ in range(4))

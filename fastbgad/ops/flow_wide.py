@@ -44,6 +44,7 @@ from . import flow_torch
 from .dispatch import Precision, interpreting
 from .flow_wide_products import Condition, Gradients, Kept, carry, carry_back, fold, operand_type
 from .gradient_scale import gradient_scale
+from .log_likelihood import LOG_2PI
 from .positional import PositionalRows
 
 # Rows that go through the layers together: enough to fill a GPU, with 0.7 GB of scratch at C = 2048. Not yet measured.
@@ -136,7 +137,7 @@ def _flow_wide(
             clean, u, lost = condition.enter(x, folded.w1.shape[2], start, here.stop, folded.w1.dtype)
             chunk_det, square = carry(clean, u, lost, folded, spec, kept, z[here] if return_z else None)
             # lp = (-C/2 ln(2 pi) - 1/2 |z|^2 + log_det) / C
-            chunk_lp = (chunk_det - 0.5 * square) / spec.channels - 0.5 * flow_torch.LOG_2PI
+            chunk_lp = (chunk_det - 0.5 * square) / spec.channels - 0.5 * LOG_2PI
             lost = ~chunk_lp.isfinite()
             lp[here] = chunk_lp.masked_fill_(lost, math.nan)
             log_det[here] = chunk_det.masked_fill_(lost, math.nan)
