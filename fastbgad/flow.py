@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .flow_spec import CouplingWeights, FlowSpec
 from .ops import FlowOutput, FlowPack, Geometry, Impl, PositionalRows, Precision, flow_forward, flow_inverse, pack_flow
-from .ops.dispatch import resolve_impl
+from .ops.dispatch import compute_dtype, resolve_impl
 from .ops.flow import is_wide
+from .ops.flow_tables import FoldedFlow, fold_flow
 
 
 class CouplingLayer(nn.Module):
@@ -64,7 +65,7 @@ class ConditionalFlow(nn.Module):
         self.spec = spec
         self.impl: Impl = impl
         self.precision: Precision = precision
-        self._packs: dict[tuple[Geometry, torch.device], tuple[tuple[tuple[int, int], ...], FlowPack]] | None = None
+        self._packs: dict[Any, tuple[tuple[tuple[int, int], ...], FlowPack | FoldedFlow]] | None = None
         self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
 
     def weights(self) -> list[CouplingWeights]:
@@ -88,31 +89,37 @@ class ConditionalFlow(nn.Module):
         )  # fmt: skip
 
     def freeze(self) -> ConditionalFlow:
-        """For inference: the kernels' form of the weights is made once and kept, instead of at every call.
+        """For inference: the form of the weights that is computed with is made once and kept, not made at every call.
 
         Weights that change afterwards are noticed where PyTorch counts changes (optimisers, `load_state_dict`, in-place
         operations), and packed again; what writes behind its back (`parameter.data`, a CUDA graph) needs another
-        `freeze`. Gradients and the other implementations are not affected. Returns self.
+        `freeze`. Gradients and the reference are not affected. Returns self.
         """
         self._packs = {}
         return self
 
-    def _pack(self, x: Tensor, condition: PositionalRows | Tensor | None, impl: Impl) -> FlowPack | None:
+    def _pack(self, x: Tensor, condition: PositionalRows | Tensor | None, impl: Impl) -> FlowPack | FoldedFlow | None:
         """The kept form of the weights, if this call is one that can use it."""
         parameters = list(self.parameters())
         if (
             self._packs is None
             or torch.compiler.is_compiling()
             or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
-            or resolve_impl(impl, x) != "triton"
-            or is_wide(self.spec, self.precision, needs_grad=False)
         ):
             return None
-        key = Geometry.of(condition, self.precision), x.device
+        kind = resolve_impl(impl, x)
+        if kind == "reference" or (kind == "triton" and is_wide(self.spec, self.precision, needs_grad=False)):
+            return None
+        geometry, dtype = Geometry.of(condition, self.precision), compute_dtype(x)
+        key = kind, geometry, dtype, x.device
         state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
         kept = self._packs.get(key)
         if kept is None or kept[0] != state:
-            kept = state, pack_flow(self.weights(), self.spec, key[0])
+            if kind == "triton":
+                kept = state, pack_flow(self.weights(), self.spec, geometry)
+            else:
+                positions = condition if isinstance(condition, PositionalRows) else None
+                kept = state, fold_flow(self.weights(), self.spec, positions, dtype)
             self._packs[key] = kept
         return kept[1]
 

@@ -16,9 +16,10 @@ from .. import reference
 from ..errors import BackendError, ConfigError, FeatureError
 from ..flow_spec import CouplingWeights, FlowSpec
 from ..kernels.flow_weights import MOST_CHANNELS, most_channels_with_gradients
-from . import flow_torch, flow_triton, flow_wide
+from . import flow_torch, flow_torch_training, flow_triton, flow_wide
 from .debug import check_values, debugging
 from .dispatch import Impl, Precision, compute_dtype, resolve_impl
+from .flow_tables import FoldedFlow, fold_flow
 from .flow_triton import FlowPack, Geometry, pack_flow
 from .positional import PositionalRows
 
@@ -46,7 +47,7 @@ def flow_forward(
     chunk_rows: int | None = None,
     precision: Precision = "float16",
     recompute: bool | None = None,
-    pack: FlowPack | None = None,
+    pack: FlowPack | FoldedFlow | None = None,
 ) -> FlowOutput:
     """Carries N patch features through all coupling layers.
 
@@ -65,7 +66,8 @@ def flow_forward(
             accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32".
         recompute: whether the kernels' backward computes activations again instead of keeping them; None does so for
             a million rows, not for a training step.
-        pack: the same weights packed before (`pack_flow`), for the kernels' inference; see `ConditionalFlow.freeze`.
+        pack: the same weights prepared before, by `pack_flow` for inference with the kernels or by `fold_flow` for the
+            portable path; see `ConditionalFlow.freeze`.
 
     Returns:
         `FlowOutput(log_likelihood [N], log_det [N], z [N, C] or None)`. A row whose features hold NaN or Inf has NaN
@@ -111,7 +113,7 @@ def flow_forward(
                 options = (return_z, precision, recompute)
                 return FlowOutput(*flow_triton.train(x, layers, spec, condition, rows, *options))
             geometry = Geometry.of(condition, precision)
-            if pack is None:
+            if not isinstance(pack, FlowPack):
                 pack = pack_flow(layers, spec, geometry)
             elif pack.geometry != geometry:
                 raise ConfigError(f"the weights were packed for {pack.geometry} but are used for {geometry}")
@@ -125,11 +127,13 @@ def flow_forward(
             z, log_det = reference.flow_forward(x, [_cast(layer, dtype) for layer in layers], spec, dense)
             return FlowOutput(reference.log_likelihood(z, log_det), log_det, z if return_z else None)
         if needs_grad:
-            step = chunk_rows or flow_torch.TRAINING_CHUNK_ROWS
-            lp, log_det, latent = flow_torch.FlowFunction.apply(x, dense, positions, spec, step, *weights)
+            lp, log_det, latent = flow_torch_training.FlowFunction.apply(
+                x, dense, positions, spec, chunk_rows, *weights
+            )
             return FlowOutput(lp, log_det, latent if return_z else None)
-        step = chunk_rows or flow_torch.CHUNK_ROWS
-        return FlowOutput(*flow_torch.infer(x, layers, spec, positions, dense, return_z, step))
+        if not (isinstance(pack, FoldedFlow) and pack.serves(positions, dtype)):
+            pack = fold_flow(layers, spec, positions, dtype)
+        return FlowOutput(*flow_torch.infer(x, pack, spec, positions, dense, return_z, chunk_rows))
 
 
 def is_wide(spec: FlowSpec, precision: Precision, needs_grad: bool) -> bool:

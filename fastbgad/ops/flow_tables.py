@@ -15,20 +15,56 @@ from torch.nn.functional import embedding_bag
 
 from ..flow_spec import CouplingWeights, FlowSpec
 from .positional import PositionalRows
+from .reused_memory import Block
+
+# Shorter lanes make products too small to be quick.
+FEWEST_LANE_ROWS = 128
+
+
+class Chunk(NamedTuple):
+    """Successive rows that go through all layers together, split evenly into lanes."""
+
+    start: int
+    stop: int
+    lanes: int
+
+    @staticmethod
+    def of(start: int, stop: int, most_lanes: int) -> Chunk:
+        """With the most lanes, up to `most_lanes`, that divide the rows and leave enough of them for each."""
+        rows = stop - start
+        most = max(1, min(most_lanes, rows // FEWEST_LANE_ROWS))
+        return Chunk(start, stop, next(lanes for lanes in range(most, 0, -1) if rows % lanes == 0))
+
+    @property
+    def lane_rows(self) -> int:
+        return (self.stop - self.start) // self.lanes
+
+
+def row_chunks(rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
+    """Chunks of any rows; what does not divide into lanes at the end is a small chunk of its own."""
+    even = rows - rows % lanes if rows >= lanes * FEWEST_LANE_ROWS else rows
+    step = max(1, chunk_rows // lanes) * lanes
+    yield from (Chunk.of(start, min(start + step, even), lanes) for start in range(0, even, step))
+    if even < rows:
+        yield Chunk(even, rows, 1)
 
 
 class Folded(NamedTuple):
-    """One coupling layer with its constants folded in, transposed for row-major products."""
+    """One coupling layer with its constants folded in.
+
+    A chunk of rows is carried in L lanes of n rows, one lane per thread. States are channels first, [L, C, n], hidden
+    activations rows first, [L, n, H]: so every product is quick on a CPU, and each half of a state is contiguous.
+    """
 
     w1x: Tensor  # [C1, H]
     bias: Tensor  # [H], b1; with tables it is part of A
     tables: Tensor | None  # [width + height, H], A above B
     w1p: Tensor | None  # [P, H], for a dense condition
-    w2: Tensor  # [H, 2 * C2], scaled so that tanh and shift read it directly
-    b2: Tensor  # [2 * C2]
+    w2: Tensor  # [2 * C2, H], scaled so that tanh and shift read it directly
+    b2: Tensor  # [2 * C2, 1]
     g: Tensor  # [C]
-    w_out: Tensor  # [C, C], diag(g) W_perm^T
-    out_bias: Tensor  # [C], W_perm offset
+    w_out: Tensor  # [C, C], W_perm diag(g)
+    out_bias: Tensor  # [C, 1], W_perm offset
     log_g: Tensor  # scalar, sum(log g)
 
 
@@ -53,41 +89,65 @@ def subnet_scale(spec: FlowSpec, like: Tensor) -> Tensor:
     return scale
 
 
-def fold(
-    layers: Sequence[CouplingWeights],
-    spec: FlowSpec,
-    positions: PositionalRows | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[Folded]:
-    """Folds the constants of every layer; the cost does not depend on the number of rows."""
+class FoldedFlow(NamedTuple):
+    """The layers of a flow with their constants folded in, for one type and one size of maps."""
+
+    layers: list[Folded]
+    map_size: tuple[int, int] | None  # height and width of the positional condition
+    dtype: torch.dtype
+
+    def serves(self, positions: PositionalRows | None, dtype: torch.dtype) -> bool:
+        return self.dtype == dtype and self.map_size == map_size(positions)
+
+
+def map_size(condition: PositionalRows | Tensor | None) -> tuple[int, int] | None:
+    return (condition.height, condition.width) if isinstance(condition, PositionalRows) else None
+
+
+@torch.no_grad()
+def fold_flow(
+    layers: Sequence[CouplingWeights], spec: FlowSpec, positions: PositionalRows | None, dtype: torch.dtype
+) -> FoldedFlow:
+    """Folds the constants of every layer; the cost does not depend on the number of rows.
+
+    The result is a snapshot: later changes of the weights do not reach it.
+    """
+    device = layers[0].w1.device
     c1 = spec.passive_channels
     codes = positions.codes(dtype, device) if positions is not None else None
+    small = zip(*((layer.b2, layer.global_scale, layer.global_offset) for layer in layers), strict=True)
+    b2, global_scale, offset = (torch.stack([t.detach() for t in tensors]).to(dtype) for tensors in small)
+    g, _ = global_affine_scale(global_scale, spec.global_affine)
+    scale, log_g = subnet_scale(spec, b2), torch.log(g).sum(dim=1)
+    b2 = (scale * b2)[:, :, None]
     folded = []
-    for layer in layers:
-        w1, b1, w2, b2, global_scale, offset, w_perm = (tensor.detach().to(dtype) for tensor in layer)
-        g, _ = global_affine_scale(global_scale, spec.global_affine)
-        scale = subnet_scale(spec, w2)
-        tables = None
-        if codes is not None:
-            half = codes[0].shape[1]
-            columns = torch.addmm(b1, codes[0], w1[:, c1 : c1 + half].T)
-            tables = torch.cat([columns, codes[1] @ w1[:, c1 + half :].T])
+    for layer, b2_, g_, offset_, log_g_ in zip(layers, b2, g, offset, log_g, strict=True):
+        w1, b1, w2, w_perm = (t.detach().to(dtype) for t in (layer.w1, layer.b1, layer.w2, layer.w_perm))
+        tables = positional_tables(w1[:, c1:], b1, codes) if codes is not None else None
         folded.append(
             Folded(
                 w1x=w1[:, :c1].T.contiguous(),
                 bias=b1,
                 tables=tables,
                 w1p=w1[:, c1:].T.contiguous() if tables is None and w1.shape[1] > c1 else None,
-                w2=(scale[:, None] * w2).T.contiguous(),
-                b2=scale * b2,
-                g=g,
-                w_out=(w_perm * g).T.contiguous(),
-                out_bias=w_perm @ offset,
-                log_g=torch.log(g).sum(),
+                w2=scale[:, None] * w2,
+                b2=b2_,
+                g=g_,
+                w_out=torch.mul(w_perm, g_, out=torch.empty(w_perm.shape, dtype=dtype, device=device)),
+                out_bias=torch.mv(w_perm, offset_)[:, None],
+                log_g=log_g_,
             )
         )
-    return folded
+    return FoldedFlow(folded, map_size(positions), dtype)
+
+
+def positional_tables(w1p: Tensor, b1: Tensor, codes: tuple[Tensor, Tensor]) -> Tensor:
+    """A [width, H] above B [height, H], with W1p p(h, w) + b1 = A[w] + B[h]."""
+    (width, half), height = codes[0].shape, len(codes[1])
+    tables = w1p.new_empty(width + height, len(b1))
+    torch.addmm(b1, codes[0], w1p[:, :half].T, out=tables[:width])
+    torch.mm(codes[1], w1p[:, half:].T, out=tables[width:])
+    return tables
 
 
 class RasterBias:
@@ -96,55 +156,82 @@ class RasterBias:
     def __init__(self, positions: PositionalRows) -> None:
         self.height, self.width = positions.height, positions.width
 
-    def chunks(self, rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
+    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
         """Chunks of whole maps where these are small, else of whole image rows within one map."""
         area = self.height * self.width
         if area <= chunk_rows:
             step = chunk_rows // area * area
-            yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+            yield from (Chunk.of(start, min(start + step, rows), lanes) for start in range(0, rows, step))
             return
         step = max(1, chunk_rows // self.width) * self.width
         for image in range(0, rows, area):
-            yield from ((start, min(start + step, image + area)) for start in range(image, image + area, step))
+            end = image + area
+            yield from (Chunk.of(start, min(start + step, end), lanes) for start in range(image, end, step))
 
-    def fill(self, layer: Folded, start: int, stop: int, hidden: Tensor) -> Tensor:
+    def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
+        """Writes the bias of every row of the chunk into `hidden` [L, n, H]."""
         assert layer.tables is not None
-        area = self.height * self.width
+        area, rows = self.height * self.width, chunk.stop - chunk.start
         columns, lines = layer.tables[: self.width], layer.tables[self.width :]
-        first = start % area // self.width
-        last = self.height if stop - start >= area else first + (stop - start) // self.width
+        first = chunk.start % area // self.width
+        last = self.height if rows >= area else first + rows // self.width
         # [images, lines, width, H]; one image unless the chunk holds several whole maps
-        view = hidden.view(-1, last - first, self.width, hidden.shape[1])
+        view = hidden.view(-1, last - first, self.width, hidden.shape[-1])
         torch.add(columns, lines[first:last, None], out=view[0])
         if len(view) > 1:
             view[1:] = view[0]
-        return hidden
 
 
 class GatheredBias:
-    """The hidden bias of rows at arbitrary positions: A[w] + B[h] as one bag of two table rows per feature row."""
+    """The hidden bias of rows at arbitrary positions: A[w] + B[h].
+
+    Where a map has no more places than there are rows, the bias of each place is added up once and a row copies one of
+    them; else each row adds one row of A and one of B.
+    """
 
     def __init__(self, positions: PositionalRows, rows: int, device: torch.device) -> None:
-        position = positions.positions(rows, device)
-        self.bags = torch.stack([position % positions.width, position // positions.width + positions.width], dim=1)
-        self.table_rows = positions.width + positions.height
+        self.height, self.width = positions.height, positions.width
+        self.place = positions.positions(rows, device)
+        self.by_place = self.height * self.width <= rows
 
-    def chunks(self, rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
-        return ((start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
+    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
+        return row_chunks(rows, chunk_rows, lanes)
 
-    def fill(self, layer: Folded, start: int, stop: int, hidden: Tensor | None) -> Tensor:
+    def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
         assert layer.tables is not None
-        return embedding_bag(self.bags[start:stop], layer.tables, mode="sum")
+        place, rows = self.place[chunk.start : chunk.stop], hidden.view(-1, hidden.shape[-1])
+        columns, lines = layer.tables.split([self.width, self.height])
+        if self.by_place:
+            block = Block(self.height * self.width * rows.shape[1], hidden)
+            table = block.view(self.height, self.width, rows.shape[1])
+            torch.add(columns, lines[:, None], out=table)
+            torch.index_select(table.flatten(0, 1), 0, place, out=rows)
+        else:
+            block = Block(rows.numel(), hidden)
+            torch.index_select(columns, 0, place % self.width, out=rows)
+            rows += torch.index_select(lines, 0, place // self.width, out=block.view(*rows.shape))
 
-    def segments(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """For the gradient of the tables: feature rows ordered by the table row they used, and where each begins.
+    def segments(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """For `sum_segments`: the chunk's rows ordered by what they read, and where each piece of it begins.
 
         A stable sort, so that the sums are taken in one order and the same seed gives the same bits.
         """
-        used = self.bags[start:stop].reshape(-1)
+        used, pieces = self.place[chunk.start : chunk.stop], self.height * self.width
+        if not self.by_place:
+            used = torch.cat([used % self.width, used // self.width + self.width])
+            pieces = self.width + self.height
         order = torch.argsort(used, stable=True)
-        counts = torch.bincount(used, minlength=self.table_rows)
-        return order // 2, torch.cumsum(counts, 0) - counts
+        counts = torch.bincount(used, minlength=pieces)
+        return order % (chunk.stop - chunk.start), torch.cumsum(counts, 0) - counts
+
+    def sum_segments(self, d_hidden: Tensor, segments: tuple[Tensor, Tensor]) -> Tensor:
+        """The gradient of the tables [width + height, H] from that of the rows [L * n, H]."""
+        rows, offsets = segments
+        sums = embedding_bag(rows, d_hidden, offsets, mode="sum")
+        if not self.by_place:
+            return sums
+        sums = sums.view(self.height, self.width, -1)
+        return torch.cat([sums.sum(dim=0), sums.sum(dim=1)])
 
 
 class DenseBias:
@@ -153,17 +240,15 @@ class DenseBias:
     def __init__(self, condition: Tensor | None) -> None:
         self.condition = condition
 
-    def chunks(self, rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
-        return ((start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
+    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
+        return row_chunks(rows, chunk_rows, lanes)
 
-    def fill(self, layer: Folded, start: int, stop: int, hidden: Tensor | None) -> Tensor:
+    def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
         if self.condition is None or layer.w1p is None:
-            if hidden is None:
-                return layer.bias.repeat(stop - start, 1)
-            return hidden.copy_(layer.bias.expand_as(hidden))
-        if hidden is None:
-            return torch.addmm(layer.bias, self.condition[start:stop], layer.w1p)
-        return torch.addmm(layer.bias, self.condition[start:stop], layer.w1p, out=hidden)
+            hidden.copy_(layer.bias.expand_as(hidden))
+        else:
+            condition = self.condition[chunk.start : chunk.stop]
+            torch.addmm(layer.bias, condition, layer.w1p, out=hidden.view(-1, hidden.shape[-1]))
 
 
 Bias = RasterBias | GatheredBias | DenseBias

@@ -42,6 +42,7 @@ from ..errors import BackendError
 from ..flow_spec import ClampForm, CouplingWeights, FlowSpec, GlobalAffine
 from . import flow_torch
 from .dispatch import Precision, interpreting
+from .flow_tables import fold_flow
 from .flow_wide_products import Condition, Gradients, Kept, carry, carry_back, fold, operand_type
 from .gradient_scale import gradient_scale
 from .log_likelihood import LOG_2PI
@@ -237,8 +238,8 @@ def _flow_wide_on_cpu(
     spec = _spec(weights, clamp, clamp_form, global_affine, hard_permutation)
     positions = PositionalRows(height, width, index, spec.condition_channels) if height else None
     with torch.autocast("cpu", enabled=False):
-        layers = flow_torch.unflatten(weights)
-        lp, log_det, z = flow_torch.infer(x, layers, spec, positions, dense, return_z, flow_torch.CHUNK_ROWS)
+        folded = fold_flow(flow_torch.unflatten(weights), spec, positions, x.dtype)
+        lp, log_det, z = flow_torch.infer(x, folded, spec, positions, dense, return_z)
     return lp, log_det, x.new_empty(0) if z is None else z, x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 

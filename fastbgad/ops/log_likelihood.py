@@ -63,7 +63,12 @@ def log_likelihood(
 
 def portable_log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
     """lp [N] in plain PyTorch, without a temporary of the size of z. Autocast must be off: it would round z."""
-    return (log_det - 0.5 * torch.linalg.vecdot(z, z)) / z.shape[1] - 0.5 * LOG_2PI
+    return log_likelihood_of_norm(torch.linalg.vecdot(z, z), log_det, z.shape[1])
+
+
+def log_likelihood_of_norm(squared_norm: Tensor, log_det: Tensor, channels: int) -> Tensor:
+    """lp [N] from |z|^2 [N]."""
+    return (log_det - 0.5 * squared_norm) / channels - 0.5 * LOG_2PI
 
 
 def portable_log_likelihood_backward(z: Tensor, d_lp: Tensor) -> tuple[Tensor, Tensor]:
