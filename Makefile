@@ -3,7 +3,10 @@
 #   make demo            train and report on photographs, about four minutes on two cores
 #   make test            all tests
 #   make check           ruff and mypy
-#   make bench           the benchmarks, side by side with FrEIA and scikit-learn
+#   make bench           the benchmarks, side by side with FrEIA, anomalib and scikit-learn; half an hour on two cores
+#   make bench-check     has anything become slower? under four minutes on two cores
+#   make bench-update    measure anew what bench-check compares with
+#   make bench-page      benchmarks/README.md from the figures that were kept
 #   make gpu             on a CUDA GPU: equivalence of every kernel, tuning, benchmarks; nine minutes
 #   make resources       what every kernel needs of the chip, checked against its budget; needs no GPU
 #
@@ -16,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench gpu resources clean
+.PHONY: demo test check bench bench-check bench-update bench-ratios bench-page gpu resources clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
@@ -30,7 +33,22 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --save-results $(ARGS)
+
+# Ratios to contenders timed in the same run, held against benchmarks/baselines/<machine>.json.
+bench-check: $(VENV)/installed
+	$(BIN)/python benchmarks/check.py check $(ARGS)
+
+bench-update: $(VENV)/installed
+	$(BIN)/python benchmarks/check.py update $(ARGS)
+
+# For comparing two checkouts on one machine: make bench-ratios OUT=base.json
+OUT ?= ratios.json
+bench-ratios: $(VENV)/installed
+	$(BIN)/python benchmarks/check.py measure --out $(OUT) $(ARGS)
+
+bench-page: $(VENV)/installed
+	$(BIN)/python benchmarks/page.py $(ARGS)
 
 # Takes the python3 that has PyTorch, Triton and this package, where there is one; else .venv.
 GPU_IMPORTS := import torch, triton, pytest, fastbgad.kernels

@@ -3,55 +3,86 @@
     pytest benchmarks/bench_boundary.py
 
 The plain form selects normal rows with a boolean index, sorts them and reads their number on the host; it is the oracle
-run in float32. Contenders run on the GPU if there is one; without one the kernel is skipped by name.
+run in float32. Every contender's boundary is compared with the oracle in float64 before it is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
-from interleave import interleaved, medians, ratio_table, ratios
+from harness import (
+    DEVICE,
+    KERNELS,
+    PORTABLE,
+    PORTABLE_COMPILED,
+    Comparison,
+    Contender,
+    compiled,
+    kernels_or_skip,
+    run,
+)
 from torch import Tensor
 
 from fastbgad import reference
 from fastbgad.ops import boundary
-from fastbgad.ops.dispatch import why_not_triton
 
-PLAIN, PORTABLE, KERNELS = "plain, boolean index and sort", "fastbgad torch", "fastbgad triton"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PLAIN = "plain, boolean index and sort"
+OPTIONS = (0.01, 0.1, 10.0)  # beta, tau and the normalizer, the defaults of the operation
+# Every contender picks the same row, and only the division by the normalizer is rounded.
+TOLERANCE = 1e-6
 
-
-def make_contenders(lp: Tensor, anomalous: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """name -> b_n of the rows."""
-    contenders: dict[str, Callable[[], Tensor]] = {
-        PLAIN: lambda: reference.boundary(lp, anomalous, 0.01, 0.1, 10.0)[0],
-        PORTABLE: lambda: boundary(lp, anomalous, impl="torch").b_n,
-    }
-    if DEVICE.type == "cuda" and why_not_triton(lp) is None:
-        contenders[KERNELS] = lambda: boundary(lp, anomalous, impl="triton").b_n
-    return contenders
+Boundary = Callable[[Tensor, Tensor], Tensor]
 
 
-@pytest.mark.parametrize("rows", [4096, 1_000_000, 4_000_000])
-def test_boundary(benchmark, capsys, rows: int) -> None:
+# One size at a time: the rows of one comparison go when the next one makes its own.
+@lru_cache(maxsize=1)
+def make_rows(rows: int) -> tuple[Tensor, Tensor, float]:
+    """lp float32 [rows], anomalous bool [rows] with one row in ten, and the oracle's b_n."""
     generator = torch.Generator().manual_seed(rows)
     lp = torch.randn(rows, generator=generator).to(DEVICE)
     anomalous = (torch.rand(rows, generator=generator) < 0.1).to(DEVICE)
-    contenders = make_contenders(lp, anomalous)
-    exact = float(reference.boundary(lp.double(), anomalous, 0.01, 0.1, 10.0)[0])
-    for name, call in contenders.items():
-        if abs(float(call()) - exact) > 1e-6 * abs(exact):
-            pytest.fail(f"{name} gives {float(call())} where the oracle gives {exact}; nothing is timed")
-    synchronize = partial(torch.cuda.synchronize, DEVICE) if DEVICE.type == "cuda" else None
-    times = interleaved(contenders, rounds=51 if rows < 100_000 else 11, warmup=2, synchronize=synchronize)
-    fastest = KERNELS if KERNELS in contenders else PORTABLE
-    benchmark.pedantic(contenders[fastest], rounds=5)
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    benchmark.extra_info.update(device=where, ratio_to_plain=ratios(times, PLAIN), median_seconds=medians(times))
-    with capsys.disabled():
-        print(f"\nboundary, {rows} rows, {where}\n{ratio_table(times, PLAIN)}")
-        if KERNELS not in contenders:
-            print(f"skipped: {KERNELS} (no GPU that it runs on)")
+    return lp, anomalous, float(reference.boundary(lp.double(), anomalous, *OPTIONS)[0])
+
+
+def contender(make_boundary: Callable[[], Boundary], rows: int) -> Contender:
+    lp, anomalous, exact = make_rows(rows)
+    call = partial(make_boundary(), lp, anomalous)
+    return Contender(call, lambda: abs(float(call()) - exact) / abs(exact), TOLERANCE)
+
+
+def plain() -> Boundary:
+    return lambda lp, anomalous: reference.boundary(lp, anomalous, *OPTIONS)[0]
+
+
+def portable() -> Boundary:
+    return lambda lp, anomalous: boundary(lp, anomalous, impl="torch").b_n
+
+
+def kernels() -> Boundary:
+    kernels_or_skip()
+    return lambda lp, anomalous: boundary(lp, anomalous, impl="triton").b_n
+
+
+def comparisons() -> list[Comparison]:
+    boundaries = {
+        PLAIN: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
+    }  # fmt: skip
+    return [
+        Comparison(
+            f"boundary, {rows} rows",
+            baseline=PLAIN,
+            contenders={name: partial(contender, make, rows) for name, make in boundaries.items()},
+            sizes={"rows": rows},
+            rounds=51 if rows < 100_000 else 11,
+            warmup=2,
+        )
+        for rows in (4096, 1_000_000, 4_000_000)
+    ]
+
+
+@pytest.mark.parametrize("comparison", comparisons(), ids=lambda comparison: comparison.name)
+def test_boundary(comparison: Comparison, benchmark, capsys) -> None:
+    run(comparison, benchmark, capsys)

@@ -1,24 +1,38 @@
-"""The flow against FrEIA eager: inference of one 1024-pixel image's patches, and a training step of 4096 patches.
+"""The flow against FrEIA: the patches of an image, a training step of 4096 patches, and how both scale.
 
     pytest benchmarks/bench_flow.py
 
-Contenders run on the GPU if there is one; without one the kernels are skipped by name (`make gpu` has more). Levels are
-those of tf_efficientnet_b6 at 1024 pixels. Every contender's log-likelihoods, and in the training step every gradient,
-are compared with the float64 oracle before anything is timed; where they differ nothing is reported. FrEIA gets its
-condition as a finished tensor: making it is not part of its time.
+Levels are those of tf_efficientnet_b6. Every contender's log-likelihoods, and in the training step every gradient, are
+compared with the float64 oracle before anything is timed. FrEIA gets its condition as a finished tensor: making it is
+not part of its time. Training rows lie on the maps of 256-pixel images, the size of the paper's schedule.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import FrEIA.framework as Ff
 import pytest
 import torch
-from interleave import interleaved, medians, ratio_table, ratios
+from harness import (
+    DEVICE,
+    FREIA,
+    FREIA_COMPILED,
+    KERNELS,
+    ORACLE,
+    PORTABLE,
+    PORTABLE_COMPILED,
+    Comparison,
+    Contender,
+    compiled,
+    kernels_or_skip,
+    run,
+)
+from roofline import LEVELS
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -26,45 +40,50 @@ from fastbgad import reference
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.ops import Impl, PositionalRows
-from fastbgad.ops.dispatch import why_not_triton
 from tests.flows import double, freia_flow, relative_error
 
-LEVELS = [(40, 256), (72, 128), (200, 64)]  # channels, height = width
-FREIA, FAST, KERNELS = "FrEIA eager", "fastbgad torch", "fastbgad triton"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HAS_KERNELS = DEVICE.type == "cuda" and why_not_triton(torch.empty(0, device=DEVICE)) is None
-FASTEST = KERNELS if HAS_KERNELS else FAST
-TRAINING_ROWS = 4096
+TRAINING_ROWS, TRAINING_PIXELS = 4096, 256
+CHECKED_ROWS = 2000
 # Of log-likelihoods: largest error relative to the root mean square. Of gradients: relative error of the whole tensor,
 # since a hidden unit that rounds to the other side of its ReLU changes single entries by a lot, for FrEIA as for us.
 # The kernels' operands are float16: their log-likelihoods have a tolerance of their own, and more units change sides.
-TOLERANCE = {FREIA: 1e-4, FAST: 1e-4, KERNELS: 1e-3}
-GRADIENT_TOLERANCE = {FREIA: 1e-3, FAST: 1e-3, KERNELS: 5e-2}
+TOLERANCE, KERNEL_TOLERANCE = 1e-4, 1e-3
+GRADIENT_TOLERANCE, KERNEL_GRADIENT_TOLERANCE = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
-class Case:
+class Level:
     """One level: the same weights in FrEIA's flow and in ours, and patch features."""
 
     spec: FlowSpec
-    theirs: Ff.SequenceINN
+    theirs: Any
     ours: ConditionalFlow
     x: Tensor
     positions: PositionalRows
     condition: Tensor
 
-    def freia_log_likelihood(self) -> Tensor:
+    @staticmethod
+    def make(channels: int, side: int, rows: int | None = None, coupling_layers: int = 8) -> Level:
+        """Whole maps in raster order, or `rows` rows at random positions as in training."""
+        spec = FlowSpec(channels, coupling_layers=coupling_layers)
+        theirs = freia_flow(spec).float().to(DEVICE)
+        ours = ConditionalFlow(spec).to(DEVICE)
+        ours.load_state_dict(theirs.state_dict())
+        ours.freeze()
+        generator = torch.Generator().manual_seed(channels)
+        index = None if rows is None else torch.randint(0, side * side, (rows,), generator=generator).to(DEVICE)
+        count = rows or side * side
+        positions = PositionalRows(side, side, index)
+        x = torch.randn(count, channels, generator=generator).to(DEVICE)
+        return Level(spec, theirs, ours, x, positions, positions.dense(count, torch.float32, x.device))
+
+    def freia(self) -> Tensor:
         z, log_det = self.theirs(self.x, [self.condition])
         channels = self.spec.channels
         return (-channels / 2 * math.log(2 * math.pi) - 0.5 * (z**2).sum(dim=1) + log_det) / channels
 
-    def fast_log_likelihood(self, impl: Impl) -> Tensor:
+    def fast(self, impl: Impl) -> Tensor:
         return self.ours(self.x, self.positions, impl=impl).log_likelihood
-
-    def contenders(self) -> dict[str, Callable[[], Tensor]]:
-        """name -> log-likelihood of all rows."""
-        found = {FREIA: self.freia_log_likelihood, FAST: partial(self.fast_log_likelihood, "torch")}
-        return found | ({KERNELS: partial(self.fast_log_likelihood, "triton")} if HAS_KERNELS else {})
 
     def exact(self, rows: int) -> tuple[Tensor, list[CouplingWeights]]:
         """The oracle's log-likelihood of the first rows, in float64, and the weights it used."""
@@ -73,119 +92,162 @@ class Case:
         z, log_det = reference.flow_forward(self.x[:rows].double(), layers, self.spec, condition)
         return reference.log_likelihood(z, log_det), layers
 
-
-def make_case(channels: int, side: int, rows: int | None) -> Case:
-    """Whole maps in raster order, or `rows` rows at random positions as in training."""
-    spec = FlowSpec(channels)
-    theirs = freia_flow(spec).float().to(DEVICE)
-    ours = ConditionalFlow(spec).to(DEVICE)
-    ours.load_state_dict(theirs.state_dict())
-    ours.freeze()
-    generator = torch.Generator().manual_seed(channels)
-    index = None if rows is None else torch.randint(0, side * side, (rows,), generator=generator).to(DEVICE)
-    count = rows or side * side
-    positions = PositionalRows(side, side, index)
-    x = torch.randn(count, channels, generator=generator).to(DEVICE)
-    return Case(spec, theirs, ours, x, positions, positions.dense(count, torch.float32, x.device))
-
-
-def require_close(name: str, value: Tensor, exact: Tensor) -> float:
-    return _require(name, relative_error(value, exact), TOLERANCE[name])
+    def prepare(self, name: str) -> Callable[[], Tensor]:
+        """What computes the log-likelihoods of all rows; raises `SkippedError` where it cannot."""
+        if name == KERNELS:
+            kernels_or_skip()
+        calls: dict[str, Callable[[], Callable[[], Tensor]]] = {
+            FREIA: lambda: self.freia,
+            FREIA_COMPILED: lambda: compiled(self.freia),
+            ORACLE: lambda: partial(self.fast, "reference"),
+            PORTABLE: lambda: partial(self.fast, "torch"),
+            PORTABLE_COMPILED: lambda: compiled(partial(self.fast, "torch")),
+            KERNELS: lambda: partial(self.fast, "triton"),
+        }
+        return calls[name]()
 
 
-def require_close_gradient(name: str, parameter: str, value: Tensor, exact: Tensor) -> float:
-    error = float((value.double() - exact).norm() / exact.norm())
-    return _require(f"{name}, gradient of {parameter},", error, GRADIENT_TOLERANCE[name])
+def inference(name: str, make: Callable[[], Sequence[Level]], contenders: Sequence[str], **options: Any) -> Comparison:
+    """All levels of one image, or one of them."""
+    levels = functools.cache(make)
+
+    def prepare(contender: str) -> Contender:
+        calls = [level.prepare(contender) for level in levels()]
+
+        def every() -> list[Tensor]:
+            with torch.no_grad():
+                return [call() for call in calls]
+
+        def error() -> float:
+            found = every()
+            with torch.no_grad():
+                exact = [level.exact(CHECKED_ROWS)[0] for level in levels()]
+            return max(relative_error(lp[:CHECKED_ROWS], truth) for lp, truth in zip(found, exact, strict=True))
+
+        return Contender(every, error, KERNEL_TOLERANCE if contender == KERNELS else TOLERANCE)
+
+    return Comparison(name, FREIA, {each: partial(prepare, each) for each in contenders}, **options)
 
 
-def _require(name: str, error: float, tolerance: float) -> float:
-    if not error < tolerance:
-        pytest.fail(f"{name} differs from the oracle by {error:.1e}; nothing is timed")
-    return error
+def training_step(name: str, make: Callable[[], Level], contenders: Sequence[str], **options: Any) -> Comparison:
+    """Forward, L_ml, backward and Adam on gathered rows; each side with the optimiser it comes with."""
+    level = functools.cache(make)
 
+    @functools.cache
+    def first_weights() -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in level().theirs.state_dict().items()}
 
-def synchronize() -> Callable[[], object] | None:
-    return torch.cuda.synchronize if DEVICE.type == "cuda" else None
+    def prepare(contender: str) -> Contender:
+        case = level()
+        # Both sides as they were before any earlier measurement trained them.
+        case.theirs.load_state_dict(first_weights())
+        case.ours.load_state_dict(first_weights())
+        call = case.prepare(contender)
+        theirs = contender in (FREIA, FREIA_COMPILED)
+        flow, fused = (case.theirs, {}) if theirs else (case.ours, {"fused": True})
+        optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], lr=2e-4, **fused)
 
-
-def report(benchmark, capsys, title: str, times: dict[str, list[float]], error: float) -> None:
-    benchmark.extra_info.update(
-        device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
-        ratio_to_freia=ratios(times, FREIA)[FASTEST],
-        median_seconds=medians(times),
-        relative_error=error,
-        threads=torch.get_num_threads(),
-    )
-    with capsys.disabled():
-        print(f"\n{title}, {torch.get_num_threads()} threads; equal to the oracle within {error:.0e}")
-        print(ratio_table(times, FREIA))
-        if not HAS_KERNELS:
-            print(f"skipped: {KERNELS} (no GPU that it runs on)")
-
-
-def test_inference_of_a_1024_pixel_image(benchmark, capsys) -> None:
-    """All three levels; the ratio of the sums is what an image feels."""
-    total: dict[str, list[float]] = {}
-    worst = 0.0
-    cases = [make_case(channels, side, None) for channels, side in LEVELS]
-    with torch.no_grad():
-        for case, (channels, side) in zip(cases, LEVELS, strict=True):
-            exact, _ = case.exact(2000)
-            calls = case.contenders()
-            for name, call in calls.items():
-                error = require_close(name, call()[:2000], exact)
-                worst = max(worst, error if name == FASTEST else 0.0)
-            times = interleaved(calls, rounds=5, synchronize=synchronize())
-            for name, seconds in times.items():
-                total[name] = [a + b for a, b in zip(total.get(name, [0.0] * 5), seconds, strict=True)]
-            with capsys.disabled():
-                print(f"\ninference, {side * side} rows x {channels} channels\n{ratio_table(times, FREIA)}")
-        benchmark.pedantic(lambda: [case.contenders()[FASTEST]() for case in cases], rounds=3)
-    report(benchmark, capsys, "inference of one 1024-pixel image, three levels", total, worst)
-
-
-@pytest.mark.parametrize(("channels", "side"), LEVELS)
-def test_training_step(benchmark, capsys, channels: int, side: int) -> None:
-    """Forward, L_ml, backward and Adam on 4096 gathered rows; each side with the optimiser it comes with."""
-    case = make_case(channels, side, TRAINING_ROWS)
-    worst = check_gradients(case)
-    contenders: dict[str, Callable[[], object]] = {}
-    for name, run in case.contenders().items():
-        flow, options = (case.theirs, {}) if name == FREIA else (case.ours, {"fused": True})
-        optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], lr=2e-4, **options)
-
-        def step(optimizer=optimizer, run=run) -> None:
+        def step() -> None:
             optimizer.zero_grad()
-            (-logsigmoid(run())).mean().backward()
+            (-logsigmoid(call())).mean().backward()
             optimizer.step()
 
-        contenders[name] = step
-    times = interleaved(contenders, rounds=21, warmup=3, synchronize=synchronize())
-    benchmark.pedantic(contenders[FASTEST], rounds=5)
-    report(benchmark, capsys, f"training step, {TRAINING_ROWS} rows x {channels} channels", times, worst)
+        tolerance = KERNEL_GRADIENT_TOLERANCE if contender == KERNELS else GRADIENT_TOLERANCE
+        return Contender(step, lambda: gradient_error(case, flow, call), tolerance)
+
+    return Comparison(name, FREIA, {each: partial(prepare, each) for each in contenders}, **options)
 
 
-def check_gradients(case: Case) -> float:
-    """Largest error of a gradient of either side against the oracle's."""
-    lp, layers = case.exact(TRAINING_ROWS)
+def gradient_error(case: Level, flow: Any, call: Callable[[], Tensor]) -> float:
+    """Largest error of a gradient against the oracle's, each parameter as a whole."""
+    lp, layers = case.exact(len(case.x))
     (-logsigmoid(lp)).mean().backward()
+    flow.zero_grad()
+    (-logsigmoid(call())).mean().backward()
     worst = 0.0
-    for name, run in case.contenders().items():
-        flow = case.theirs if name == FREIA else case.ours
-        flow.zero_grad()
-        (-logsigmoid(run())).mean().backward()
-        for block, exact in zip(flow.module_list, layers, strict=True):
-            pairs = {
-                "w1": (block.subnet[0].weight, exact.w1),
-                "b1": (block.subnet[0].bias, exact.b1),
-                "w2": (block.subnet[2].weight, exact.w2),
-                "b2": (block.subnet[2].bias, exact.b2),
-                "global_scale": (block.global_scale, exact.global_scale),
-                "global_offset": (block.global_offset, exact.global_offset),
-            }
-            for field, (parameter, truth) in pairs.items():
-                assert parameter.grad is not None
-                assert truth.grad is not None
-                gradient = parameter.grad.reshape(truth.grad.shape)
-                worst = max(worst, require_close_gradient(name, field, gradient, truth.grad))
+    for block, exact in zip(flow.module_list, layers, strict=True):
+        first, second = block.subnet[0], block.subnet[2]
+        pairs = (
+            (first.weight, exact.w1), (first.bias, exact.b1), (second.weight, exact.w2), (second.bias, exact.b2),
+            (block.global_scale, exact.global_scale), (block.global_offset, exact.global_offset),
+        )  # fmt: skip
+        for parameter, truth in pairs:
+            assert parameter.grad is not None
+            assert truth.grad is not None
+            gradient = parameter.grad.double().reshape(truth.grad.shape)
+            error = float((gradient - truth.grad).norm() / truth.grad.norm())
+            worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
+
+
+def comparisons() -> list[Comparison]:
+    every, quick = (FREIA, FREIA_COMPILED, ORACLE, PORTABLE, KERNELS), (FREIA, PORTABLE, KERNELS)
+    found = [
+        inference(
+            "flow inference, one 1024-pixel image",
+            lambda: [Level.make(channels, 1024 // stride) for channels, stride in LEVELS],
+            every,
+            sizes={"pixels": 1024},
+            images=1,
+            rounds=7,
+            track=True,
+        )
+    ]
+    for channels, stride in LEVELS:
+        rows = (1024 // stride) ** 2
+        found.append(
+            inference(
+                f"flow inference per level, {rows} rows of {channels} channels",
+                lambda c=channels, s=1024 // stride: [Level.make(c, s)],
+                every,
+                sizes={"rows": rows, "channels": channels},
+            )
+        )
+    for channels, stride in LEVELS:
+        found.append(
+            training_step(
+                f"training step, {TRAINING_ROWS} rows of {channels} channels",
+                lambda c=channels, s=TRAINING_PIXELS // stride: Level.make(c, s, TRAINING_ROWS),
+                every,
+                sizes={"rows": TRAINING_ROWS, "channels": channels},
+                rounds=15,
+                warmup=3,
+                track=True,
+            )
+        )
+    for side in (16, 32, 64, 128, 256):
+        contenders = (*quick, PORTABLE_COMPILED) if side == 64 else quick
+        found.append(
+            inference(
+                f"flow inference by rows, {side * side} rows of 40 channels",
+                lambda s=side: [Level.make(40, s)],
+                contenders,
+                sizes={"rows": side * side, "channels": 40},
+                memory=True,
+            )
+        )
+    for channels in (24, 40, 72, 136, 200, 256):
+        found.append(
+            inference(
+                f"flow inference by channels, 4096 rows of {channels} channels",
+                lambda c=channels: [Level.make(c, 64)],
+                quick,
+                sizes={"rows": 4096, "channels": channels},
+            )
+        )
+    for layers in (2, 4, 8, 16):
+        found.append(
+            training_step(
+                f"training step by coupling layers, {TRAINING_ROWS} rows of 40 channels, {layers} layers",
+                lambda n=layers: Level.make(40, 64, TRAINING_ROWS, n),
+                quick,
+                sizes={"rows": TRAINING_ROWS, "channels": 40, "coupling_layers": layers},
+                memory=True,
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("comparison", comparisons(), ids=lambda comparison: comparison.name)
+def test_flow(comparison: Comparison, benchmark, capsys) -> None:
+    run(comparison, benchmark, capsys)

@@ -1,27 +1,37 @@
 """The log-likelihood of a latent and its gradients: a training chunk of 4096 rows, and a million rows.
 
     pytest benchmarks/bench_log_likelihood.py
+    pytest benchmarks/bench_log_likelihood.py --official PATH     with your own checkout of the official code
 
 The plain form is the expression as PyTorch code has it, with autograd's backward. Every contender's values and
-gradients are compared with the oracle in float64 before anything is timed. Contenders run on the GPU if there is one;
-without one the kernels are skipped by name.
+gradients are compared with the oracle in float64 before it is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
-from interleave import interleaved, medians, ratio_table, ratios
+from harness import (
+    DEVICE,
+    KERNELS,
+    PORTABLE,
+    PORTABLE_COMPILED,
+    Comparison,
+    Contender,
+    compiled,
+    kernels_or_skip,
+    run,
+)
+from official import OFFICIAL, load
 from torch import Tensor
 
 from fastbgad import reference
 from fastbgad.ops import log_likelihood
-from fastbgad.ops.dispatch import why_not_triton
 
-PLAIN, PORTABLE, KERNELS = "plain expression", "fastbgad torch", "fastbgad triton"
+PLAIN = "plain expression"
 CHANNELS = 40
 # Of each result as a whole: roundings of sums of 40 float32 terms.
 TOLERANCE = 1e-6
@@ -29,64 +39,76 @@ TOLERANCE = 1e-6
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 
-def make_rows(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """z, log_det and the gradient that comes from the loss."""
+# One size at a time: the rows of one comparison go when the next one makes its own.
+@lru_cache(maxsize=1)
+def make_rows(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """z [rows, C], log_det [rows] and the gradient that comes from the loss [rows], float32."""
     generator = torch.Generator().manual_seed(rows)
-    z = torch.randn(rows, CHANNELS, generator=generator).to(device).requires_grad_()
-    log_det, upstream = (torch.randn(rows, generator=generator).to(device) for _ in range(2))
+    z = torch.randn(rows, CHANNELS, generator=generator).to(DEVICE).requires_grad_()
+    log_det, upstream = (torch.randn(rows, generator=generator).to(DEVICE) for _ in range(2))
     return z, (CHANNELS * log_det).requires_grad_(), upstream
 
 
-def make_contenders(device: torch.device) -> dict[str, Operation]:
-    contenders: dict[str, Operation] = {
-        PLAIN: reference.log_likelihood,
-        PORTABLE: partial(log_likelihood, impl="torch"),
-    }
-    if device.type == "cuda" and why_not_triton(torch.empty(0, device=device)) is None:
-        contenders[KERNELS] = partial(log_likelihood, impl="triton")
-    return contenders
+@lru_cache(maxsize=1)
+def exact(rows: int) -> tuple[Tensor, ...]:
+    """The oracle's values and gradients, in float64."""
+    z, log_det, upstream = (tensor.detach().double() for tensor in make_rows(rows))
+    return values_and_gradients(reference.log_likelihood, z.requires_grad_(), log_det.requires_grad_(), upstream)
 
 
-def run(operation: Operation, z: Tensor, log_det: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+def values_and_gradients(operation: Operation, z: Tensor, log_det: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
     lp = operation(z, log_det)
     return lp.detach(), *torch.autograd.grad(lp, (z, log_det), upstream)
 
 
-def require_equal(name: str, operation: Operation, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Largest relative error of the values and of either gradient; no timing where it is too large."""
-    z, log_det, upstream = (tensor.detach().double() for tensor in inputs)
-    exact = run(reference.log_likelihood, z.requires_grad_(), log_det.requires_grad_(), upstream)
-    pairs = zip(run(operation, *inputs), exact, strict=True)
-    error = max(float((value.double() - truth).norm() / truth.norm()) for value, truth in pairs)
-    if not error < TOLERANCE:
-        pytest.fail(f"{name} differs from the oracle by {error:.1e}; nothing is timed")
-    return error
+def contender(make_operation: Callable[[], Operation], rows: int) -> Contender:
+    call = partial(values_and_gradients, make_operation(), *make_rows(rows))
+
+    def error() -> float:
+        pairs = zip(call(), exact(rows), strict=True)
+        return float(torch.stack([(value - truth).norm() / truth.norm() for value, truth in pairs]).max())
+
+    return Contender(call, error, TOLERANCE)
 
 
-@pytest.mark.parametrize("rows", [4096, 1_000_000])
-def test_log_likelihood_and_gradients(benchmark, capsys, rows: int) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = make_rows(rows, device)
-    contenders = make_contenders(device)
-    error = max(require_equal(name, operation, inputs) for name, operation in contenders.items())
-    calls = {name: partial(run, operation, *inputs) for name, operation in contenders.items()}
-    times = interleaved(
-        calls,
-        rounds=101 if rows < 100_000 else 15,
-        warmup=3,
-        synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
-    )
-    fastest = KERNELS if KERNELS in calls else PORTABLE
-    benchmark.pedantic(calls[fastest], rounds=5)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    benchmark.extra_info.update(
-        device=where, ratio_to_plain=ratios(times, PLAIN), median_seconds=medians(times), relative_error=error
-    )
-    with capsys.disabled():
-        print(
-            f"\nlog-likelihood and gradients, {rows} rows of {CHANNELS} channels, {where}; equal to the oracle within "
-            f"{error:.0e}"
+def plain() -> Operation:
+    return reference.log_likelihood
+
+
+def portable() -> Operation:
+    return partial(log_likelihood, impl="torch")
+
+
+def kernels() -> Operation:
+    kernels_or_skip()
+    return partial(log_likelihood, impl="triton")
+
+
+def official_operation(path: str) -> Operation:
+    code = load(path)
+    return lambda z, log_det: code.log_likelihood(CHANNELS, z, log_det) / CHANNELS
+
+
+def comparisons() -> list[Comparison]:
+    operations = {
+        PLAIN: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
+    }  # fmt: skip
+    return [
+        Comparison(
+            f"log-likelihood and gradients, {rows} rows of {CHANNELS} channels",
+            baseline=PLAIN,
+            contenders={name: partial(contender, make, rows) for name, make in operations.items()},
+            sizes={"rows": rows, "channels": CHANNELS},
+            rounds=101 if rows < 100_000 else 15,
+            warmup=3,
         )
-        print(ratio_table(times, PLAIN))
-        if KERNELS not in contenders:
-            print(f"skipped: {KERNELS} (no GPU that it runs on)")
+        for rows in (4096, 1_000_000)
+    ]
+
+
+@pytest.mark.parametrize("comparison", comparisons(), ids=lambda comparison: comparison.name)
+def test_log_likelihood_and_gradients(comparison: Comparison, official: str | None, benchmark, capsys) -> None:
+    if official is not None:
+        rows = comparison.sizes["rows"]
+        comparison.contenders[OFFICIAL] = partial(contender, partial(official_operation, official), rows)
+    run(comparison, benchmark, capsys)

@@ -3,87 +3,133 @@
     pytest benchmarks/bench_score_map.py
 
 The baseline does what the official code does, one full-size map per level, summed and reduced afterwards, in float32
-and on the device (the official code goes through float64 and NumPy on the host, which would flatter us). On a CUDA GPU
-everything runs there and the kernel joins in. Every contender is compared with the float64 oracle before anything is
-timed; where one differs nothing is reported.
+and on the device (the official code goes through float64 and NumPy on the host, which would flatter us). Every
+contender's map and image scores are compared with the float64 oracle before it is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import pytest
 import torch
-from interleave import interleaved, medians, ratio_table, ratios
+from harness import (
+    DEVICE,
+    KERNELS,
+    PORTABLE,
+    PORTABLE_COMPILED,
+    Comparison,
+    Contender,
+    compiled,
+    kernels_or_skip,
+    run,
+)
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fastbgad import reference
-from fastbgad.ops import score_map
+from fastbgad.ops import Impl, score_map
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OFFICIAL, FAST, KERNEL = "three interpolate calls", "fastbgad torch", "fastbgad triton"
-# Of map and image score, relative to the largest value of the map.
+INTERPOLATE = "three interpolate calls"
+# Of map and image score, relative to the largest value of the map: float32 rounding.
 TOLERANCE = 1e-5
 OFFSET = 3.0
 
 
-def official(levels: list[Tensor], size: int, level_max: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """The anomaly map and the image score, level by level as the official BGAD makes them."""
+class Levels(NamedTuple):
+    """Log-likelihoods of three levels of an EfficientNet: a quarter, an eighth and a sixteenth of the image's side."""
+
+    lp: list[Tensor]  # float32 [B, size / 4, size / 4] and so on
+    size: int  # of the image
+    level_max: Tensor  # float32 [3]
+    offset: Tensor  # float32 scalar
+
+
+# What every contender returns: the map [B, size, size] and the image scores [B].
+Scores = Callable[[Levels], tuple[Tensor, Tensor]]
+
+
+# One size at a time: the tensors of one comparison go when the next one makes its own.
+@lru_cache(maxsize=1)
+def make_levels(pixels: int, batch: int) -> Levels:
+    generator = torch.Generator().manual_seed(pixels)
+    sides = (pixels // 4, pixels // 8, pixels // 16)
+    lp = [(torch.randn(batch, side, side, generator=generator) - 2).to(DEVICE) for side in sides]
+    return Levels(lp, pixels, torch.stack([level.max() for level in lp]), torch.tensor(OFFSET, device=DEVICE))
+
+
+@lru_cache(maxsize=1)
+def exact(pixels: int, batch: int) -> Tensor:
+    """The oracle's map, float64 [B, pixels, pixels]."""
+    levels = make_levels(pixels, batch)
+    return reference.score_map([lp.double() for lp in levels.lp], (pixels, pixels), levels.level_max.double(), OFFSET)
+
+
+def three_interpolations(levels: Levels) -> tuple[Tensor, Tensor]:
+    """The anomaly map and the image scores, level by level as the official BGAD makes them."""
     maps = []
-    for lp, most in zip(levels, level_max, strict=True):
-        likelihood = torch.exp(lp - most)
-        upsampled = interpolate(likelihood.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=True)
+    for lp, most in zip(levels.lp, levels.level_max, strict=True):
+        likelihood = torch.exp(lp - most).unsqueeze(1)
+        upsampled = interpolate(likelihood, size=(levels.size, levels.size), mode="bilinear", align_corners=True)
         maps.append(upsampled.squeeze(1))
     total = torch.zeros_like(maps[0])
     for level in maps:
         total += level
-    anomaly_map = offset - total
+    anomaly_map = levels.offset - total
     return anomaly_map, anomaly_map.flatten(1).max(dim=1).values
 
 
-def require_close(name: str, found: tuple[Tensor, Tensor], exact: Tensor) -> float:
-    scale = float(exact.abs().max())
-    errors = [(found[0].double() - exact).abs().max(), (found[1].double() - exact.amax(dim=(1, 2))).abs().max()]
-    error = max(float(error) for error in errors) / scale
-    if not error < TOLERANCE:
-        pytest.fail(f"{name} differs from the oracle by {error:.1e}; nothing is timed")
-    return error
+def plain() -> Scores:
+    return three_interpolations
 
 
-@pytest.mark.parametrize(("size", "batch"), [(256, 32), (1024, 4)])
-def test_score_map(benchmark, capsys, size: int, batch: int) -> None:
-    """Three levels of an EfficientNet: a quarter, an eighth and a sixteenth of the image's side."""
-    generator = torch.Generator().manual_seed(size)
-    sides = (size // 4, size // 8, size // 16)
-    levels = [(torch.randn(batch, side, side, generator=generator) - 2).to(DEVICE) for side in sides]
-    level_max = torch.stack([lp.max() for lp in levels])
-    offset = torch.tensor(OFFSET, device=DEVICE)
+def operation(levels: Levels, impl: Impl) -> tuple[Tensor, Tensor]:
+    return score_map(levels.lp, (levels.size, levels.size), levels.level_max, levels.offset, impl=impl)
 
-    contenders: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        OFFICIAL: lambda: official(levels, size, level_max, offset),
-        FAST: lambda: score_map(levels, (size, size), level_max, offset, impl="torch"),
-    }
-    if DEVICE.type == "cuda":
-        contenders[KERNEL] = lambda: score_map(levels, (size, size), level_max, offset, impl="triton")
 
-    exact = reference.score_map([lp.double() for lp in levels], (size, size), level_max.double(), OFFSET)
-    worst = max(require_close(name, call(), exact) for name, call in contenders.items())
-    synchronize = torch.cuda.synchronize if DEVICE.type == "cuda" else None
-    times = interleaved(contenders, rounds=21, warmup=3, synchronize=synchronize)
+def portable() -> Scores:
+    return partial(operation, impl="torch")
 
-    def timed() -> None:
-        list(contenders.values())[-1]()
-        if synchronize is not None:
-            synchronize()
 
-    benchmark.pedantic(timed, rounds=5)
-    where = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads"
-    benchmark.extra_info.update(
-        ratios=ratios(times, OFFICIAL), median_seconds=medians(times), relative_error=worst, where=where
-    )
-    with capsys.disabled():
-        print(f"\nanomaly map, {batch} x {size} x {size}, {where}; equal to the oracle within {worst:.0e}")
-        print(ratio_table(times, OFFICIAL))
-        if KERNEL not in contenders:
-            print(f"{KERNEL!r} skipped: it needs a CUDA GPU")
+def kernels() -> Scores:
+    kernels_or_skip()
+    return partial(operation, impl="triton")
+
+
+def contender(make_scores: Callable[[], Scores], pixels: int, batch: int) -> Contender:
+    call = partial(make_scores(), make_levels(pixels, batch))
+
+    def error() -> float:
+        anomaly_map, image_scores = call()
+        truth = exact(pixels, batch)
+        errors = [(anomaly_map - truth).abs().max(), (image_scores - truth.amax(dim=(1, 2))).abs().max()]
+        return float(torch.stack(errors).max() / truth.abs().max())
+
+    return Contender(call, error, TOLERANCE)
+
+
+def comparisons() -> list[Comparison]:
+    scores = {
+        INTERPOLATE: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
+    }  # fmt: skip
+    return [
+        Comparison(
+            f"anomaly map, {batch} images of {pixels} px",
+            baseline=INTERPOLATE,
+            contenders={name: partial(contender, make, pixels, batch) for name, make in scores.items()},
+            sizes={"pixels": pixels, "batch": batch},
+            images=batch,
+            rounds=21,
+            warmup=3,
+            memory=True,
+            track=pixels == 1024,
+        )
+        for pixels, batch in ((256, 32), (1024, 4))
+    ]
+
+
+@pytest.mark.parametrize("comparison", comparisons(), ids=lambda comparison: comparison.name)
+def test_score_map(comparison: Comparison, benchmark, capsys) -> None:
+    run(comparison, benchmark, capsys)

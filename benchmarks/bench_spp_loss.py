@@ -1,95 +1,136 @@
 """The loss with its boundary, forward and backward: a training chunk of 4096 rows, and a million rows.
 
     pytest benchmarks/bench_spp_loss.py
+    pytest benchmarks/bench_spp_loss.py --official PATH     with your own checkout of the official code as a contender
 
 The plain form selects rows with boolean indices and reads counts on the host, as the official code does; it is the
-oracle run in float32. Every contender's terms and gradient are compared with the oracle in float64 before anything is
-timed. Contenders run on the GPU if there is one; without one the kernels are skipped by name.
+oracle run in float32. Every contender's terms and gradient are compared with the oracle in float64 before it is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
-from interleave import interleaved, medians, ratio_table, ratios
+from harness import (
+    DEVICE,
+    KERNELS,
+    PORTABLE,
+    PORTABLE_COMPILED,
+    Comparison,
+    Contender,
+    compiled,
+    kernels_or_skip,
+    run,
+)
+from official import OFFICIAL, load
 from torch import Tensor
 
 from fastbgad import reference
 from fastbgad.ops import spp_loss
-from fastbgad.ops.dispatch import why_not_triton
-from fastbgad.reference import SppLoss
 
-PLAIN, PORTABLE, KERNELS = "plain, boolean indexing", "fastbgad torch", "fastbgad triton"
+PLAIN = "plain, boolean indexing"
 CHANNELS = 40
 OPTIONS = {"beta": 0.01, "tau": 0.1, "focal": True}
 # Relative to the largest entry of each: float32 rounding, summed over up to a million rows.
 TOLERANCE = 1e-4
 
-Loss = Callable[[Tensor, Tensor], SppLoss]
+# What every contender returns: total, L_ml, L_n and L_a, and perhaps more.
+Terms = tuple[Tensor, ...]
+Loss = Callable[[Tensor, Tensor], Terms]
 
 
-def make_rows(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Log-likelihoods of a flow in training, one row in ten anomalous."""
+# One size at a time: the rows of one comparison go when the next one makes its own.
+@lru_cache(maxsize=1)
+def make_rows(rows: int) -> tuple[Tensor, Tensor]:
+    """lp float32 [rows] as of a flow in training, and anomalous bool [rows], one row in ten."""
     generator = torch.Generator().manual_seed(rows)
     lp = 4 * torch.randn(rows, generator=generator) - 3
-    return lp.to(device), (torch.rand(rows, generator=generator) < 0.1).to(device)
+    return lp.to(DEVICE), (torch.rand(rows, generator=generator) < 0.1).to(DEVICE)
 
 
-def make_contenders(device: torch.device) -> dict[str, Loss]:
-    contenders: dict[str, Loss] = {
-        PLAIN: partial(reference.spp_loss, channels=CHANNELS, **OPTIONS),
-        PORTABLE: partial(spp_loss, channels=CHANNELS, impl="torch", **OPTIONS),
-    }
-    if device.type == "cuda" and why_not_triton(torch.empty(0, device=device)) is None:
-        contenders[KERNELS] = partial(spp_loss, channels=CHANNELS, impl="triton", **OPTIONS)
-    return contenders
+@lru_cache(maxsize=1)
+def exact(rows: int) -> tuple[Tensor, ...]:
+    """The oracle's gradient and terms, in float64."""
+    lp, anomalous = make_rows(rows)
+    return forward_backward(partial(reference.spp_loss, channels=CHANNELS, **OPTIONS), lp.double(), anomalous)
 
 
-def run(loss: Loss, lp: Tensor, anomalous: Tensor) -> tuple[SppLoss, Tensor]:
+def forward_backward(loss: Loss, lp: Tensor, anomalous: Tensor) -> tuple[Tensor, ...]:
+    """The gradient [N], then the first four terms."""
     leaf = lp.detach().requires_grad_()
     terms = loss(leaf, anomalous)
-    terms.total.backward()
+    terms[0].backward()
     assert leaf.grad is not None
-    return SppLoss(*(term.detach() for term in terms)), leaf.grad
+    return leaf.grad, *(term.detach() for term in terms[:4])
 
 
-def require_equal(name: str, loss: Loss, lp: Tensor, anomalous: Tensor) -> float:
-    """Largest relative error of the terms and of the gradient; no timing where it is too large."""
-    exact, exact_gradient = run(partial(reference.spp_loss, channels=CHANNELS, **OPTIONS), lp.double(), anomalous)
-    terms, gradient = run(loss, lp, anomalous)
-    pairs = [(gradient, exact_gradient), *zip(terms[:4], exact[:4], strict=True)]
-    error = max(float((value.double() - truth).abs().max() / truth.abs().max()) for value, truth in pairs)
-    if not error < TOLERANCE:
-        pytest.fail(f"{name} differs from the oracle by {error:.1e}; nothing is timed")
-    return error
+def contender(make_loss: Callable[[], Loss], rows: int) -> Contender:
+    lp, anomalous = make_rows(rows)
+    call = partial(forward_backward, make_loss(), lp, anomalous)
+
+    def error() -> float:
+        pairs = zip(call(), exact(rows), strict=True)
+        return float(torch.stack([(value - truth).abs().max() / truth.abs().max() for value, truth in pairs]).max())
+
+    return Contender(call, error, TOLERANCE)
 
 
-@pytest.mark.parametrize("rows", [4096, 1_000_000])
-def test_loss_with_boundary(benchmark, capsys, rows: int) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lp, anomalous = make_rows(rows, device)
-    contenders = make_contenders(device)
-    error = max(require_equal(name, loss, lp, anomalous) for name, loss in contenders.items())
-    calls = {name: partial(run, loss, lp, anomalous) for name, loss in contenders.items()}
-    times = interleaved(
-        calls,
-        rounds=101 if rows < 100_000 else 15,
-        warmup=3,
-        synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
-    )
-    fastest = KERNELS if KERNELS in calls else PORTABLE
-    benchmark.pedantic(calls[fastest], rounds=5)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    benchmark.extra_info.update(
-        device=where, ratio_to_plain=ratios(times, PLAIN), median_seconds=medians(times), relative_error=error
-    )
-    with capsys.disabled():
-        print(
-            f"\nloss with boundary, forward and backward, {rows} rows, {where}; equal to the oracle within {error:.0e}"
+def plain() -> Loss:
+    return partial(reference.spp_loss, channels=CHANNELS, **OPTIONS)
+
+
+def portable() -> Loss:
+    return partial(spp_loss, channels=CHANNELS, impl="torch", **OPTIONS)
+
+
+def kernels() -> Loss:
+    kernels_or_skip()
+    return partial(spp_loss, channels=CHANNELS, impl="triton", **OPTIONS)
+
+
+def official_loss(path: str) -> Loss:
+    """The functions of the checkout at `path`, put together as one step of its training with focal weights does."""
+    code = load(path)
+
+    def loss(lp: Tensor, anomalous: Tensor) -> Terms:
+        mask = anomalous.to(lp.dtype)  # its masks are images of 0 and 1
+        normal, defective = mask == 0, mask == 1
+        weights = torch.zeros_like(lp)
+        weights[normal] = code.normal_weights(lp.detach()[normal])
+        weights[defective] = code.anomalous_weights(lp.detach()[defective])
+        ml = (weights[normal] * -torch.nn.functional.logsigmoid(lp[normal])).mean()
+        boundaries = code.boundary(lp, mask, OPTIONS["beta"], OPTIONS["tau"], 10)
+        pull, push = code.spp_loss(lp, mask, boundaries, 10, weights=weights)
+        return ml + pull + push, ml, pull, push
+
+    return loss
+
+
+def comparisons() -> list[Comparison]:
+    losses = {
+        PLAIN: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
+    }  # fmt: skip
+    return [
+        Comparison(
+            f"loss with boundary, forward and backward, {rows} rows",
+            baseline=PLAIN,
+            contenders={name: partial(contender, loss, rows) for name, loss in losses.items()},
+            sizes={"rows": rows, "channels": CHANNELS},
+            rounds=101 if rows < 100_000 else 9,
+            warmup=3,
+            memory=rows >= 100_000,
+            track=True,
         )
-        print(ratio_table(times, PLAIN))
-        if KERNELS not in contenders:
-            print(f"skipped: {KERNELS} (no GPU that it runs on)")
+        for rows in (4096, 1_000_000)
+    ]
+
+
+@pytest.mark.parametrize("comparison", comparisons(), ids=lambda comparison: comparison.name)
+def test_loss_with_boundary(comparison: Comparison, official: str | None, benchmark, capsys) -> None:
+    if official is not None:
+        rows = comparison.sizes["rows"]
+        comparison.contenders[OFFICIAL] = partial(contender, partial(official_loss, official), rows)
+    run(comparison, benchmark, capsys)

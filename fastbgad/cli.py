@@ -1,4 +1,4 @@
-"""The command line: `fastbgad demo | train | evaluate | predict | info`.
+"""The command line: `fastbgad demo | train | evaluate | predict | bench | info`.
 
 Every command is a frozen dataclass; tyro turns its fields into options and its comments into help. What a command
 does stands in `fastbgad.commands`.
@@ -17,6 +17,7 @@ from .evaluation import CalibrationName
 from .features import Placement
 from .ops import Impl, Precision
 from .prediction import MapFormat
+from .throughput_rows import Mode
 
 try:
     import tyro
@@ -55,7 +56,7 @@ class Demo:
 class Train:
     """Train a detector on one category, evaluate it, and write a report.
 
-    Examples:
+    For example:
 
     fastbgad train --data mvtec --category screw --out runs/screw
 
@@ -167,6 +168,75 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Time inference from image file to anomaly map, stage by stage, on your images or on generated ones.
+
+    Needs no trained model and no download: throughput depends on the shapes, not on what the weights are.
+
+    For example:
+
+    fastbgad bench
+
+    fastbgad bench --image-size 256 1024 --batch-size 1 8 --json bench.json --chart bench.png
+
+    fastbgad bench --data mvtec --category screw --device cuda --dtype float16
+
+    fastbgad bench --mode latency --backbone gabor --file-size 1024
+
+    --mode throughput shows for every image size and batch size what each stage takes per image: decoding (with the
+    resizing), the copy to the GPU, the backbone, the flow of every level, scores and decisions, and pixel AUROC with
+    AUPRO. --mode latency sends single images through and shows the median and the 99th percentile. Peak memory is
+    what a stage needs beyond what was there before it. On a GPU two more columns hold flows and scoring against its
+    own copies and matrix products, measured first.
+
+    A row that fails, for want of memory for example, is named, and the others go on; the exit code is then 2.
+    """
+
+    data: Path | None = None
+    """Your images: a dataset, whose test images are taken, or any folder of images; PNG files are generated without."""
+    category: str | None = None
+    """Name of the category of a dataset with several."""
+    layout: Layout = "auto"
+    """How the folders of --data are laid out; auto takes a folder without a known layout as images only."""
+    mode: Mode = "throughput"
+    """throughput: a table of stages per batch size; latency: batches of one, median and 99th percentile."""
+    batch_size: tuple[int, ...] = (1, 8, 32)
+    """Images that go through the model together, several to compare; not for --mode latency."""
+    image_size: tuple[int, ...] = (256,)
+    """Pixels a side that the model works at, several to compare."""
+    file_size: int | None = None
+    """Pixels a side of the generated files (MVTec AD: 700 to 1024, BTAD: up to 1600); the image size if left out."""
+    backbone: str = "tf_efficientnet_b6.aa_in1k"
+    """gabor or any timm model with feature maps."""
+    weights: str = "random"
+    """Of a timm model: random, pretrained (from the hub), or a local .safetensors, .pth or .pt file."""
+    levels: tuple[int, ...] = (1, 2, 3)
+    """Feature levels, in timm's numbering."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the backbone."""
+    compile: bool = False
+    """Run the backbone through torch.compile."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    impl: Impl = "auto"
+    """Implementation of the operations; auto takes the fastest there is: triton on a GPU, torch elsewhere."""
+    precision: Precision = "float16"
+    """Operands of the kernels' matrix products on a GPU: float16 (sums in float32), or float32."""
+    repeats: int | None = None
+    """Timed passes per row; 5 for throughput and 100 for latency if left out."""
+    warmup: int = 2
+    """Passes before the timed ones."""
+    workers: int = 2
+    """Threads that decode images."""
+    seed: int = 0
+    """Seed of weights, generated files, and the choice among your images."""
+    json: Path | None = None
+    """File for all figures, written anew after every row."""
+    chart: Path | None = None
+    """Picture of the rows as stacked bars, .png or .svg."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Show versions, machine and, if one is given, what a model file holds."""
 
@@ -174,7 +244,7 @@ class Info:
     """A model.safetensors that train wrote."""
 
 
-Command = Demo | Train | Evaluate | Predict | Info
+Command = Demo | Train | Evaluate | Predict | Bench | Info
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -186,6 +256,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     command: Any = tyro.cli(

@@ -55,6 +55,13 @@ def image_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
+def pass_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback that is told how many passes are done, and of how many."""
+    with _bar(title) as update:
+        yield lambda done, total: update("passes", done, total, "")
+
+
+@contextmanager
 def _bar(title: str) -> Iterator[Callable[[str, int, int, str], None]]:
     rich = require_rich()
     if not sys.stdout.isatty():

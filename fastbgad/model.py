@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -136,7 +136,24 @@ class BGAD(nn.Module):
             FeatureError: wrong size, no calibration, or features that are not finite.
         """
         calibration = self.calibration()
-        levels = tuple(self(images, impl=impl))
+        return self.decide(self(images, impl=impl), calibration=calibration, impl=impl)
+
+    @torch.inference_mode()
+    def decide(
+        self, levels: Sequence[Tensor], *, calibration: Calibration | None = None, impl: Impl | None = None
+    ) -> Prediction:
+        """The second half of `predict`: scores and sides from log-likelihood maps, as the model itself returns them.
+
+        Args:
+            levels: per level lp [B, h_l, w_l] float32, on the model's device.
+            calibration: the model's own if None.
+            impl: overrides the model's implementation.
+
+        Raises:
+            FeatureError: no calibration, or log-likelihoods that are not finite.
+        """
+        if calibration is None:
+            calibration = self.calibration()
         # One reading for all levels: a single wait for the device.
         if not bool(torch.stack([torch.isfinite(lp).all() for lp in levels]).all()):
             raise FeatureError(
@@ -153,7 +170,7 @@ class BGAD(nn.Module):
             sides(image_score, edges[0], edges[1]),
             anomaly_map,
             sides(anomaly_map, edges[0], edges[1]),
-            levels,
+            tuple(levels),
             patch_sides(levels, calibration.boundaries, self.normalizer),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .demo import make_demo_dataset
 from .foreground import foreground_mask
+from .generated import write_noise_images
 from .images import IMAGE_SUFFIXES, image_size, read_image, read_mask, resize_image, resize_mask
 from .layouts import Category, FolderLayout, Sample, list_categories, open_category
 from .loading import Batch, LoadedSample, SampleImages, load_sample, parse_size, stream_batches
@@ -36,4 +37,5 @@ __all__ = [
     "resize_mask",
     "split_known_anomalies",
     "stream_batches",
+    "write_noise_images",
 ]

@@ -53,3 +53,9 @@ def _give_back(block: Tensor) -> None:
         # the oldest go first
         while sum(t.nbytes for t in _idle) > MOST_IDLE_BYTES:
             del _idle[0]
+
+
+def release() -> None:
+    """Frees all idle blocks; those in use are kept again once they are given back."""
+    with _lock:
+        _idle.clear()

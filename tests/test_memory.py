@@ -1,0 +1,84 @@
+"""Peak memory of a call: what it holds for a moment is seen, what was free or held before is not counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbgad import memory
+from fastbgad.memory import peak_bytes
+from fastbgad.ops import reused_memory
+
+CPU = torch.device("cpu")
+MIB = 2**20
+# Pages of code that the first call of a kind reads, and what the allocator rounds up to.
+TOLERANCE = 4 * MIB
+
+needs_proc = pytest.mark.skipif(not memory._reset_peak(), reason="this system does not tell peaks of memory")
+
+
+def hold(*mebibytes: int) -> None:
+    """Holds the last two of these blocks at a time."""
+    block = torch.empty(0)
+    for number in mebibytes:
+        block = torch.ones(number * MIB, dtype=torch.uint8)
+    del block
+
+
+@needs_proc
+@pytest.mark.parametrize("mebibytes", [16, 96])
+def test_what_a_call_allocates_is_seen(mebibytes: int) -> None:
+    hold(1)
+    assert peak_bytes(lambda: hold(mebibytes), CPU) == pytest.approx(mebibytes * MIB, abs=TOLERANCE)
+    # The result itself counts, and the next call starts anew.
+    assert peak_bytes(lambda: torch.ones(8 * MIB, dtype=torch.uint8), CPU) == pytest.approx(8 * MIB, abs=TOLERANCE)
+    assert peak_bytes(lambda: None, CPU) < TOLERANCE
+
+
+@needs_proc
+def test_the_peak_is_that_of_one_moment() -> None:
+    assert peak_bytes(lambda: hold(32, 32, 32), CPU) == pytest.approx(64 * MIB, abs=TOLERANCE)
+    held = torch.ones(32 * MIB, dtype=torch.uint8)
+    assert peak_bytes(lambda: held.max(), CPU) < TOLERANCE
+
+
+@needs_proc
+def test_idle_blocks_are_not_free_memory() -> None:
+    """A block that the flow keeps for its next call would hide what that call needs."""
+
+    def take() -> None:
+        reused_memory.Block(24 * MIB, torch.empty(0)).tensor.fill_(1.0)
+
+    take()
+    assert reused_memory._idle
+    assert peak_bytes(take, CPU) == pytest.approx(96 * MIB, abs=TOLERANCE)
+
+
+def test_release_leaves_nothing_behind() -> None:
+    reused_memory.Block(1000, torch.empty(0))
+    used = reused_memory.Block(1000, torch.empty(0))
+    reused_memory.release()
+    assert not reused_memory._idle
+    where = used.tensor.data_ptr()
+    del used
+    assert [block.data_ptr() for block in reused_memory._idle] == [where]
+    reused_memory.release()
+
+
+def test_where_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The work is done all the same."""
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
+    calls: list[int] = []
+    assert peak_bytes(lambda: calls.append(1), CPU) is None
+    assert peak_bytes(lambda: calls.append(2), torch.device("meta")) is None
+    assert calls == [1, 2]
+
+
+def test_an_error_is_passed_on() -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        peak_bytes(fail, CPU)
