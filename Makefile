@@ -3,8 +3,8 @@
 #   make demo            train and report on photographs, about four minutes on two cores
 #   make test            all tests
 #   make check           ruff and mypy
-#   make bench           the benchmarks, side by side with FrEIA, anomalib and scikit-learn; half an hour on two cores
-#   make bench-check     has anything become slower? under four minutes on two cores
+#   make bench           the benchmarks, side by side with FrEIA, anomalib and scikit-learn; a quarter of an hour
+#   make bench-check     has anything become slower? a minute or two
 #   make bench-update    measure anew what bench-check compares with
 #   make bench-page      benchmarks/README.md from the figures that were kept
 #   make gpu             on a CUDA GPU: equivalence of every kernel, tuning, benchmarks; nine minutes

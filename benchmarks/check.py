@@ -37,7 +37,7 @@ SUITES = (
 ANY_CPU = "any-cpu"  # what holds on every CPU: floors, for machines without a baseline of their own
 UPDATE_REPEATS = 3
 # A ratio may fall by this share before it counts: more than what repeats differ by, less than what must be noticed.
-SMALLEST_BAND, LARGEST_BAND = 0.10, 0.18
+SMALLEST_BAND, LARGEST_BAND = 0.15, 0.18
 
 
 class UnansweredError(Exception):

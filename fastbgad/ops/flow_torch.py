@@ -31,9 +31,9 @@ LANE_ROWS = 256
 def most_lanes(device: torch.device) -> int:
     """How many lanes of rows to carry at once: on a CPU several per thread, else one.
 
-    Each thread takes whole lanes of a batched product, and element-wise operations are split at the same places: what a
-    thread reads is what it wrote. A single large product is shared by columns or by rows, as suits its shape, and its
-    operands come from another core's cache: on 2 cores, lanes take two thirds of the time.
+    A batched product is shared among threads by lanes, much as element-wise operations are: most of what a thread reads
+    it wrote itself. A single large product is shared by columns or by rows, as suits its shape, and its operands come
+    from another core's cache: on 2 cores, lanes take two thirds of the time.
     """
     return LANES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
 
