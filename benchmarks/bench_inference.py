@@ -278,6 +278,7 @@ def flow_at_high_resolution(size: int, **options) -> Comparison:
 def comparisons() -> list[Comparison]:
     return [
         image_inference(B6, 256, 1, rounds=15, warmup=2, track=True),
+        image_inference(B6, 256, 4, rounds=7),
         image_inference(B6, 256, 8, rounds=7),
         image_inference(B6, 512, 1, rounds=7),
         image_inference(B6, 1024, 1, rounds=7),
