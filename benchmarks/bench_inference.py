@@ -2,9 +2,10 @@
 
     pytest benchmarks/bench_inference.py
 
-The official arithmetic, re-stated with its own parts: timm's whole `features_only` model, the positional encoding made
-anew and repeated for every row, FrEIA's flow, three maps upsampled to the size of the image. Weights are random but the
-same on both sides. Each contender's map is compared with the oracle's in float64, from the features of timm's model.
+The official arithmetic, re-stated with its own parts: timm's whole `features_only` model in the default memory format,
+the positional encoding made anew and repeated for every row, FrEIA's flow, three maps upsampled to the image's size.
+Weights are random but the same on both sides. Each contender's map is compared with the oracle's in float64, from the
+features of timm's model.
 """
 
 from __future__ import annotations
