@@ -191,6 +191,7 @@ def comparisons() -> list[Comparison]:
             images=1,
             rounds=7,
             track=True,
+            band=0.10,  # of all ratios the steadiest: nearly all of it is matrix products
         )
     ]
     for channels, stride in LEVELS:

@@ -36,8 +36,8 @@ SUITES = (
 )  # fmt: skip
 ANY_CPU = "any-cpu"  # what holds on every CPU: floors, for machines without a baseline of their own
 UPDATE_REPEATS = 3
-# A ratio may fall by this share before it counts: more than what repeats differ by, less than what must be noticed.
-SMALLEST_BAND, LARGEST_BAND = 0.15, 0.18
+# The largest share by which a ratio may fall before it counts: 30 % more time is 23 % less.
+LARGEST_BAND = 0.18
 
 
 class UnansweredError(Exception):
@@ -166,14 +166,14 @@ def update(
     measure_ratio: Callable[[Comparison], Ratio] = ratio_of,
     repeats: int = UPDATE_REPEATS,
 ) -> dict[str, dict[str, Any]]:
-    """Stored ratios: the median of some repeats, and a band twice as wide as these repeats differ."""
+    """Stored ratios: the median of some repeats; the band is twice as wide as these differ, or `Comparison.band`."""
     found: dict[str, dict[str, Any]] = {}
     for comparison in comparisons:
         ratios = [measure_ratio(comparison) for _ in range(repeats)]
         speeds = [ratio.speed for ratio in ratios]
         middle = statistics.median(speeds)
         spread = 2 * max(abs(speed - middle) for speed in speeds) / middle
-        band = min(LARGEST_BAND, max(SMALLEST_BAND, spread))
+        band = min(LARGEST_BAND, max(comparison.band, spread))
         found[comparison.name] = {
             "speed": round(middle, 3), "band": round(band, 3), "ours": ratios[0].ours, "against": ratios[0].against
         }  # fmt: skip

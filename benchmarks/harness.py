@@ -65,6 +65,7 @@ class Comparison:
         images: images per call, where a call is about images.
         memory: whether to measure peak memory as well, in calls of their own.
         track: whether `make bench-check` follows the ratio of ours to the baseline.
+        band: by what share that ratio may fall at least before it counts; the noise of repeats widens it.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Comparison:
     warmup: int = 1
     memory: bool = False
     track: bool = False
+    band: float = 0.15
 
 
 def measure(

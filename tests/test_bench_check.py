@@ -63,7 +63,7 @@ def test_thirty_percent_are_outside_of_every_band() -> None:
 def test_update_takes_the_median_and_twice_the_spread() -> None:
     found = check.update([comparison("flow")], replay(4.0, 3.68, 4.1))["flow"]
     assert found == {"speed": 4.0, "band": 0.16, "ours": OURS, "against": THEIRS}
-    assert check.update([comparison("flow")], replay(4.0, 4.0, 4.0))["flow"]["band"] == check.SMALLEST_BAND
+    assert check.update([comparison("flow")], replay(4.0, 4.0, 4.0))["flow"]["band"] == comparison("flow").band
 
 
 def test_what_is_not_stored_is_not_passed_over() -> None:
