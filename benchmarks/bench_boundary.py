@@ -13,21 +13,11 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from harness import (
-    DEVICE,
-    KERNELS,
-    PORTABLE,
-    PORTABLE_COMPILED,
-    Comparison,
-    Contender,
-    compiled,
-    kernels_or_skip,
-    run,
-)
+from harness import DEVICE, Comparison, Contender, implementations, run
 from torch import Tensor
 
 from fastbgad import reference
-from fastbgad.ops import boundary
+from fastbgad.ops import Impl, boundary
 
 PLAIN = "plain, boolean index and sort"
 OPTIONS = (0.01, 0.1, 10.0)  # beta, tau and the normalizer, the defaults of the operation
@@ -57,19 +47,12 @@ def plain() -> Boundary:
     return lambda lp, anomalous: reference.boundary(lp, anomalous, *OPTIONS)[0]
 
 
-def portable() -> Boundary:
-    return lambda lp, anomalous: boundary(lp, anomalous, impl="torch").b_n
-
-
-def kernels() -> Boundary:
-    kernels_or_skip()
-    return lambda lp, anomalous: boundary(lp, anomalous, impl="triton").b_n
+def ours(impl: Impl) -> Boundary:
+    return lambda lp, anomalous: boundary(lp, anomalous, impl=impl).b_n
 
 
 def comparisons() -> list[Comparison]:
-    boundaries = {
-        PLAIN: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
-    }  # fmt: skip
+    boundaries = {PLAIN: plain, **implementations(ours)}
     return [
         Comparison(
             f"boundary, {rows} rows",

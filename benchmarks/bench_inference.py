@@ -11,17 +11,16 @@ features of timm's model.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import timm
 import torch
+from bench_score_map import Levels, three_interpolations
 from harness import DEVICE, KERNELS, PORTABLE, Comparison, Contender, SkippedError, kernels_or_skip, run
-from roofline import flow_flops
+from roofline import LEVELS, image_flops
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from fastbgad import reference
 from fastbgad.backbones import create_backbone
@@ -36,15 +35,6 @@ OFFICIAL, ANOMALIB, BFLOAT16 = "official arithmetic", "anomalib Cflow", "fastbga
 B6 = "tf_efficientnet_b6"
 # Of the anomaly map, in units of its largest value. bfloat16 keeps 8 bits of every activation of the backbone.
 TOLERANCE, HALF_TOLERANCE = {PORTABLE: 1e-4, OFFICIAL: 1e-4, ANOMALIB: 1e-4, KERNELS: 1e-3}, 0.2
-
-
-def upsampled_map(levels: list[Tensor], size: int, level_max: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The anomaly map [B, size, size] from lp [B, h, w] of each level, level by level; and the largest likelihood."""
-    total = torch.zeros(len(levels[0]), size, size, device=levels[0].device)
-    for lp, most in zip(levels, level_max, strict=True):
-        likelihood = torch.exp(lp - most)[:, None]
-        total += interpolate(likelihood, size=(size, size), mode="bilinear", align_corners=True)[:, 0]
-    return total.max() - total, total.max()
 
 
 class Pipelines:
@@ -85,14 +75,17 @@ class Pipelines:
             batch, channels, height, width = maps.shape
             rows = maps.permute(0, 2, 3, 1).reshape(-1, channels)
             encoding = PositionalRows(height, width).dense(len(rows), torch.float32, rows.device)
-            z, log_det = flow(rows, [encoding])
-            log_p = -channels / 2 * math.log(2 * math.pi) - 0.5 * (z**2).sum(dim=1) + log_det
-            levels.append((log_p / channels).reshape(batch, height, width))
+            lp = reference.log_likelihood(*flow(rows, [encoding]))
+            levels.append(lp.reshape(batch, height, width))
         return levels
 
     def official(self) -> Tensor:
         with torch.no_grad():
-            return upsampled_map(self.official_levels(), self.size, self.level_max)[0]
+            levels = Levels(
+                self.official_levels(), self.size, torch.stack(self.level_max), torch.zeros((), device=DEVICE)
+            )
+            found, _ = three_interpolations(levels)
+            return found - found.min()
 
     def oracle(self) -> tuple[Tensor, Tensor]:
         """The map in float64 [B, size, size] of float32 features, and the offset that belongs to it."""
@@ -232,7 +225,7 @@ def flow_at_high_resolution(size: int, **options) -> Comparison:
     def levels() -> list[tuple[ConditionalFlow, Tensor]]:
         generator = torch.Generator().manual_seed(size)
         made = []
-        for channels, stride in ((40, 4), (72, 8), (200, 16)):
+        for channels, stride in LEVELS:
             side = size // stride
             flow = ConditionalFlow(FlowSpec(channels)).to(DEVICE).requires_grad_(False).freeze()
             made.append((flow, torch.randn(1, channels, side, side, generator=generator).to(DEVICE)))
@@ -264,12 +257,11 @@ def flow_at_high_resolution(size: int, **options) -> Comparison:
 
         return Contender(partial(call, impl), error, TOLERANCE[name])
 
-    flops = sum(flow_flops((size // stride) ** 2, channels) for channels, stride in ((40, 4), (72, 8), (200, 16)))
     return Comparison(
         f"flow and scoring of a high-resolution image, {size} pixels",
         PORTABLE,
         {name: partial(prepare, name) for name in (PORTABLE, KERNELS)},
-        sizes={"pixels": size, "gigaflops": round(flops / 1e9)},
+        sizes={"pixels": size, "gigaflops": round(image_flops(size) / 1e9)},
         images=1,
         memory=True,
         **options,

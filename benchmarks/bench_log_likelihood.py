@@ -14,22 +14,12 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from harness import (
-    DEVICE,
-    KERNELS,
-    PORTABLE,
-    PORTABLE_COMPILED,
-    Comparison,
-    Contender,
-    compiled,
-    kernels_or_skip,
-    run,
-)
+from harness import DEVICE, Comparison, Contender, implementations, run
 from official import OFFICIAL, load
 from torch import Tensor
 
 from fastbgad import reference
-from fastbgad.ops import log_likelihood
+from fastbgad.ops import Impl, log_likelihood
 
 PLAIN = "plain expression"
 CHANNELS = 40
@@ -75,13 +65,8 @@ def plain() -> Operation:
     return reference.log_likelihood
 
 
-def portable() -> Operation:
-    return partial(log_likelihood, impl="torch")
-
-
-def kernels() -> Operation:
-    kernels_or_skip()
-    return partial(log_likelihood, impl="triton")
+def ours(impl: Impl) -> Operation:
+    return partial(log_likelihood, impl=impl)
 
 
 def official_operation(path: str) -> Operation:
@@ -90,9 +75,7 @@ def official_operation(path: str) -> Operation:
 
 
 def comparisons() -> list[Comparison]:
-    operations = {
-        PLAIN: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
-    }  # fmt: skip
+    operations = {PLAIN: plain, **implementations(ours)}
     return [
         Comparison(
             f"log-likelihood and gradients, {rows} rows of {CHANNELS} channels",

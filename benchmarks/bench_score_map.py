@@ -15,17 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness import (
-    DEVICE,
-    KERNELS,
-    PORTABLE,
-    PORTABLE_COMPILED,
-    Comparison,
-    Contender,
-    compiled,
-    kernels_or_skip,
-    run,
-)
+from harness import DEVICE, Comparison, Contender, implementations, run
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -89,13 +79,8 @@ def operation(levels: Levels, impl: Impl) -> tuple[Tensor, Tensor]:
     return score_map(levels.lp, (levels.size, levels.size), levels.level_max, levels.offset, impl=impl)
 
 
-def portable() -> Scores:
-    return partial(operation, impl="torch")
-
-
-def kernels() -> Scores:
-    kernels_or_skip()
-    return partial(operation, impl="triton")
+def ours(impl: Impl) -> Scores:
+    return partial(operation, impl=impl)
 
 
 def contender(make_scores: Callable[[], Scores], pixels: int, batch: int) -> Contender:
@@ -111,9 +96,7 @@ def contender(make_scores: Callable[[], Scores], pixels: int, batch: int) -> Con
 
 
 def comparisons() -> list[Comparison]:
-    scores = {
-        INTERPOLATE: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
-    }  # fmt: skip
+    scores = {INTERPOLATE: plain, **implementations(ours)}
     return [
         Comparison(
             f"anomaly map, {batch} images of {pixels} px",

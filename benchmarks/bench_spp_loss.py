@@ -14,22 +14,12 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from harness import (
-    DEVICE,
-    KERNELS,
-    PORTABLE,
-    PORTABLE_COMPILED,
-    Comparison,
-    Contender,
-    compiled,
-    kernels_or_skip,
-    run,
-)
+from harness import DEVICE, Comparison, Contender, implementations, run
 from official import OFFICIAL, load
 from torch import Tensor
 
 from fastbgad import reference
-from fastbgad.ops import spp_loss
+from fastbgad.ops import Impl, spp_loss
 
 PLAIN = "plain, boolean indexing"
 CHANNELS = 40
@@ -55,7 +45,7 @@ def make_rows(rows: int) -> tuple[Tensor, Tensor]:
 def exact(rows: int) -> tuple[Tensor, ...]:
     """The oracle's gradient and terms, in float64."""
     lp, anomalous = make_rows(rows)
-    return forward_backward(partial(reference.spp_loss, channels=CHANNELS, **OPTIONS), lp.double(), anomalous)
+    return forward_backward(plain(), lp.double(), anomalous)
 
 
 def forward_backward(loss: Loss, lp: Tensor, anomalous: Tensor) -> tuple[Tensor, ...]:
@@ -82,13 +72,8 @@ def plain() -> Loss:
     return partial(reference.spp_loss, channels=CHANNELS, **OPTIONS)
 
 
-def portable() -> Loss:
-    return partial(spp_loss, channels=CHANNELS, impl="torch", **OPTIONS)
-
-
-def kernels() -> Loss:
-    kernels_or_skip()
-    return partial(spp_loss, channels=CHANNELS, impl="triton", **OPTIONS)
+def ours(impl: Impl) -> Loss:
+    return partial(spp_loss, channels=CHANNELS, impl=impl, **OPTIONS)
 
 
 def official_loss(path: str) -> Loss:
@@ -110,9 +95,7 @@ def official_loss(path: str) -> Loss:
 
 
 def comparisons() -> list[Comparison]:
-    losses = {
-        PLAIN: plain, PORTABLE: portable, PORTABLE_COMPILED: lambda: compiled(portable()), KERNELS: kernels,
-    }  # fmt: skip
+    losses = {PLAIN: plain, **implementations(ours)}
     return [
         Comparison(
             f"loss with boundary, forward and backward, {rows} rows",

@@ -32,12 +32,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from gpu_cases import Case, Contender, SkippedError, cases  # noqa: E402
-from gpu_timing import Timer, ceilings  # noqa: E402
+from gpu_timing import Timer  # noqa: E402
 
 from fastbgad.environment import machine, versions  # noqa: E402
 from fastbgad.files import write_json  # noqa: E402
 from fastbgad.kernels.tiles import slug  # noqa: E402
 from fastbgad.kernels.tune import output_of  # noqa: E402
+from fastbgad.roofline import measure_ceilings  # noqa: E402
 
 # Whose tests speak for which operation.
 TESTS = {
@@ -120,7 +121,7 @@ def measure(case: Case, timer: Timer, rounds: int, warmup: int, limits: Mapping[
         for name in ready:
             entries[name]["speed"] = times[baseline]["median_us"] / times[name]["median_us"]
     if limits and (case.flops or case.bytes):
-        floor = 1e6 * max(case.flops / limits["float16_flops_per_second"], case.bytes / limits["copy_bytes_per_second"])
+        floor = 1e6 * max(case.flops / limits["matrix_flops_per_second"], case.bytes / limits["copy_bytes_per_second"])
         result["floor_us"] = floor
         for name in ready:
             entries[name]["fraction_of_floor"] = floor / times[name]["median_us"]
@@ -215,8 +216,8 @@ def run(options: argparse.Namespace, say: Callable[[str], object]) -> int:
         keep()
     limits: dict[str, float] = {}
     if not options.dry_run:
-        limits = result["ceilings"] = ceilings(device)
-        terabytes, teraflops = (1e-12 * limits[key] for key in ("copy_bytes_per_second", "float16_flops_per_second"))
+        limits = result["ceilings"] = measure_ceilings(device)._asdict()
+        terabytes, teraflops = (1e-12 * limits[key] for key in ("copy_bytes_per_second", "matrix_flops_per_second"))
         say(f"ceilings: copy {terabytes:.2f} TB/s, float16 product {teraflops:.0f} TFLOP/s")
         if not options.no_tune:
             say("tuning ...")

@@ -84,17 +84,3 @@ def as_graph(call: Callable[[], Any]) -> Callable[[], Any]:
         return recorded
 
     return replay
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this GPU reaches at best: bytes a copy reads and writes, and operations of a float16 product, a second."""
-    timer = Timer(device)
-    source = torch.empty(1 << 30, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    a = torch.randn(8192, 8192, device=device).half()
-    b = torch.randn(8192, 8192, device=device).half()
-    times = timer.interleaved({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, rounds=15, warmup=3)
-    return {
-        "copy_bytes_per_second": 2e6 * len(source) / times["copy"]["median_us"],
-        "float16_flops_per_second": 2e6 * 8192**3 / times["product"]["median_us"],
-    }

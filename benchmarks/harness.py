@@ -8,7 +8,6 @@ that cannot take part here is reported as skipped, with the reason.
 from __future__ import annotations
 
 import datetime
-import gc
 import re
 import subprocess
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from interleave import interleaved, medians, ratios
 
 from fastbgad.environment import machine, versions
 from fastbgad.memory import peak_bytes
+from fastbgad.ops import Impl
 from fastbgad.ops.dispatch import why_not_triton
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,7 +127,6 @@ def measure(
         if comparison.images is not None:
             entry["images_per_s"] = comparison.images / middle[name]
         if comparison.memory:
-            gc.collect()
             peak = peak_bytes(calls[name], DEVICE)
             entry["peak_mib"] = None if peak is None else peak / 2**20
     return {
@@ -245,6 +244,18 @@ def kernels_or_skip() -> None:
     reason = why_not_triton(torch.empty(0, device=DEVICE))
     if reason is not None:
         raise SkippedError(reason)
+
+
+def implementations(ours: Callable[[Impl], Callable[..., Any]]) -> dict[str, Callable[[], Callable[..., Any]]]:
+    """fastbgad's contenders of an operation, name -> function that prepares one; `ours` makes the call of an `impl`."""
+
+    def kernels() -> Callable[..., Any]:
+        kernels_or_skip()
+        return ours("triton")
+
+    return {
+        PORTABLE: lambda: ours("torch"), PORTABLE_COMPILED: lambda: compiled(ours("torch")), KERNELS: kernels,
+    }  # fmt: skip
 
 
 def compiled(call: Callable[[], Any]) -> Callable[[], Any]:

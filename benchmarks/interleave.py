@@ -53,14 +53,3 @@ def ratios(times: Mapping[str, Sequence[float]], baseline: str) -> dict[str, flo
     """name -> how many times faster than `baseline` (ratio of the medians; the baseline has 1)."""
     median = medians(times)
     return {name: median[baseline] / seconds for name, seconds in median.items()}
-
-
-def ratio_table(times: Mapping[str, Sequence[float]], baseline: str) -> str:
-    """A plain-text table: contender, median and fastest time in ms, speed against `baseline` (above 1 is faster)."""
-    speed = ratios(times, baseline)
-    width = max(len("contender"), *(len(name) for name in times))
-    lines = [f"{'contender':<{width}}  {'median ms':>10}  {'fastest ms':>10}  {'speed':>8}"]
-    for name, seconds in times.items():
-        milliseconds = f"{1e3 * statistics.median(seconds):>10.3f}  {1e3 * min(seconds):>10.3f}"
-        lines.append(f"{name:<{width}}  {milliseconds}  {speed[name]:>7.2f}x")
-    return "\n".join([*lines, f"speed: median against {baseline!r}, {len(times[baseline])} interleaved rounds"])

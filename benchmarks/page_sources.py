@@ -138,11 +138,8 @@ def _check(result: Mapping[str, Any]) -> None:
 
 
 def _chip(machine: str, rates: Mapping[str, float]) -> Chip:
-    """Measured rates; gpu.py and fastbgad.roofline name that of the product differently."""
-    flops = rates.get("matrix_flops_per_second", rates.get("float16_flops_per_second"))
-    if flops is None:
-        raise KeyError("matrix_flops_per_second")
-    return Chip(machine, float(flops), float(rates["copy_bytes_per_second"]))
+    """Measured rates."""
+    return Chip(machine, float(rates["matrix_flops_per_second"]), float(rates["copy_bytes_per_second"]))
 
 
 def natural(text: str) -> list[tuple[bool, int, str]]:

@@ -77,7 +77,7 @@ def gpu_run(**entries: Any) -> dict[str, Any]:
         "measured": True, "date": "2026-02-04 10:00 UTC", "commit": "4567def", "changed_files": False,
         "machine": {"gpu": "Some GPU, 80 GiB"}, "driver": "1.2", "versions": {"torch": "2.11.0", "triton": "3.6.0"},
         "equivalence": {"flow": {"passed": 5, "failed": []}},
-        "ceilings": {"copy_bytes_per_second": 1e9, "float16_flops_per_second": 2e12}, "cases": [case, refused],
+        "ceilings": {"copy_bytes_per_second": 1e9, "matrix_flops_per_second": 2e12}, "cases": [case, refused],
     }  # fmt: skip
 
 
