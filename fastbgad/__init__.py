@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from .backbones import Backbone, create_backbone
+from .compat.acceleration import accelerate, restore
 from .config import TrainConfig, demo_preset
 from .data import Category, Sample, Split, open_category, split_known_anomalies
 from .errors import FastBGADError
@@ -23,6 +24,7 @@ from .flow_spec import CouplingWeights, FlowSpec
 from .metrics import aupro, auroc, official_pro
 from .model import BGAD, Prediction
 from .ops import PositionalRows
+from .positional import positional_rows
 from .prediction import find_images, predict_files
 from .training import fit
 
@@ -40,6 +42,7 @@ __all__ = [
     "Sample",
     "Split",
     "TrainConfig",
+    "accelerate",
     "aupro",
     "auroc",
     "create_backbone",
@@ -49,6 +52,8 @@ __all__ = [
     "fit",
     "official_pro",
     "open_category",
+    "positional_rows",
     "predict_files",
+    "restore",
     "split_known_anomalies",
 ]

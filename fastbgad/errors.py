@@ -63,6 +63,10 @@ class BackendError(FastBGADError):
     """The implementation asked for (`impl=...`) cannot run these tensors on this machine."""
 
 
+class UnsupportedFlowError(FastBGADError):
+    """A flow of another package computes something that fastbgad's coupling layers do not; it was left as it was."""
+
+
 class MissingDependencyError(FastBGADError):
     """An optional package is not installed; the message says which extra brings it."""
 

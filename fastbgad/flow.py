@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .flow_spec import CouplingWeights, FlowSpec
-from .ops import FlowOutput, FlowPack, Geometry, Impl, PositionalRows, Precision, flow_forward, flow_inverse, pack_flow
-from .ops.dispatch import compute_dtype, resolve_impl
-from .ops.flow import is_wide
-from .ops.flow_tables import FoldedFlow, fold_flow
+from .kept_weights import KeptWeights
+from .ops import FlowOutput, Impl, PositionalRows, Precision, flow_forward, flow_inverse
 
 
 class CouplingLayer(nn.Module):
@@ -65,7 +63,7 @@ class ConditionalFlow(nn.Module):
         self.spec = spec
         self.impl: Impl = impl
         self.precision: Precision = precision
-        self._packs: dict[Any, tuple[tuple[tuple[int, int], ...], FlowPack | FoldedFlow]] | None = None
+        self._kept: KeptWeights | None = None
         self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
 
     def weights(self) -> list[CouplingWeights]:
@@ -82,11 +80,20 @@ class ConditionalFlow(nn.Module):
         impl: Impl | None = None,
     ) -> FlowOutput:
         """Log-likelihood per dimension, log-determinant and, if asked, the latent of N rows; see `ops.flow_forward`."""
-        kind = impl or self.impl
+        kind, layers, pack = impl or self.impl, self.weights(), None
+        if self._kept is not None:
+            pack = self._kept.get(self.spec, layers, x, condition, kind, self.precision)
         return flow_forward(
-            x, self.weights(), self.spec, condition, rows=rows, return_z=return_z, impl=kind,
-            precision=self.precision, pack=self._pack(x, condition, kind),
-        )  # fmt: skip
+            x,
+            layers,
+            self.spec,
+            condition,
+            rows=rows,
+            return_z=return_z,
+            impl=kind,
+            precision=self.precision,
+            pack=pack,
+        )
 
     def freeze(self) -> ConditionalFlow:
         """For inference: the form of the weights that is computed with is made once and kept, not made at every call.
@@ -95,43 +102,14 @@ class ConditionalFlow(nn.Module):
         operations), and packed again; what writes behind its back (`parameter.data`, a CUDA graph) needs another
         `freeze`. Gradients and the reference are not affected. Returns self.
         """
-        self._packs = {}
+        self._kept = KeptWeights()
         return self
-
-    def _pack(self, x: Tensor, condition: PositionalRows | Tensor | None, impl: Impl) -> FlowPack | FoldedFlow | None:
-        """The kept form of the weights, if this call is one that can use it."""
-        parameters = list(self.parameters())
-        if (
-            self._packs is None
-            or torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
-        ):
-            return None
-        kind = resolve_impl(impl, x)
-        if kind == "reference" or (kind == "triton" and is_wide(self.spec, self.precision, needs_grad=False)):
-            return None
-        geometry, dtype = Geometry.of(condition, self.precision), compute_dtype(x)
-        key = kind, geometry, dtype, x.device
-        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
-        kept = self._packs.get(key)
-        if kept is None or kept[0] != state:
-            if kind == "triton":
-                kept = state, pack_flow(self.weights(), self.spec, geometry)
-            else:
-                positions = condition if isinstance(condition, PositionalRows) else None
-                kept = state, fold_flow(self.weights(), self.spec, positions, dtype)
-            self._packs[key] = kept
-        return kept[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionalFlow:
         """Another device or type: what was packed belongs to the tensors that are replaced here."""
-        if self._packs:
-            self._packs = {}
+        if self._kept is not None:
+            self._kept.clear()
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: a frozen flow stays frozen and packs anew where it goes."""
-        return {**self.__dict__, "_packs": None if self._packs is None else {}}
 
     def inverse(self, z: Tensor, condition: PositionalRows | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, C] and the log-determinant of the inverse's Jacobian [N]."""

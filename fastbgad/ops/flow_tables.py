@@ -1,7 +1,8 @@
 """What the portable flow prepares before any row is touched: folded weights, and where hidden biases come from.
 
-Constants are folded once per call: 0.1 into W2 and b2, g into W_perm, the offset through W_perm. The positional
-condition becomes two small tables, and a bias object per kind of condition turns them into the rows' hidden biases.
+Constants are folded once per call: 0.1 into W2 and b2, g into W_perm, the offset through W_perm; a hard permutation
+becomes an index. The positional condition becomes two small tables, and a bias object per kind of condition turns them
+into the rows' hidden biases.
 """
 
 from __future__ import annotations
@@ -63,9 +64,28 @@ class Folded(NamedTuple):
     w2: Tensor  # [2 * C2, H], scaled so that tanh and shift read it directly
     b2: Tensor  # [2 * C2, 1]
     g: Tensor  # [C]
-    w_out: Tensor  # [C, C], W_perm diag(g)
+    w_out: Tensor | None  # [C, C], W_perm diag(g); None for a hard permutation
+    moved: Tensor | None  # [C] int64, for a hard permutation: output channel i is y's channel moved[i]
+    g_out: Tensor | None  # [C, 1], g of those channels
     out_bias: Tensor  # [C, 1], W_perm offset
     log_g: Tensor  # scalar, sum(log g)
+
+    def permute(self, y: Tensor, out: Tensor) -> Tensor:
+        """out = W_perm (g y + offset) of states [L, C, n]."""
+        if self.w_out is None:
+            assert self.moved is not None
+            assert self.g_out is not None
+            torch.index_select(y, 1, self.moved, out=out)
+            return torch.addcmul(self.out_bias, out, self.g_out, out=out)
+        return torch.bmm(self.w_out.expand(len(y), -1, -1), y, out=out).add_(self.out_bias)
+
+    def permute_back(self, d_out: Tensor, out: Tensor) -> Tensor:
+        """out = (W_perm diag(g))^T d_out: the gradient of y [L, C, n] from that of the layer's output."""
+        if self.w_out is None:
+            assert self.moved is not None
+            torch.index_select(d_out, 1, torch.argsort(self.moved), out=out)
+            return out.mul_(self.g[:, None])
+        return torch.bmm(self.w_out.T.expand(len(d_out), -1, -1), d_out, out=out)
 
 
 def global_affine_scale(global_scale: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -124,6 +144,7 @@ def fold_flow(
     for layer, b2_, g_, offset_, log_g_ in zip(layers, b2, g, offset, log_g, strict=True):
         w1, b1, w2, w_perm = (t.detach().to(dtype) for t in (layer.w1, layer.b1, layer.w2, layer.w_perm))
         tables = positional_tables(w1[:, c1:], b1, codes) if codes is not None else None
+        moved = w_perm.argmax(dim=1) if spec.hard_permutation else None
         folded.append(
             Folded(
                 w1x=w1[:, :c1].T.contiguous(),
@@ -133,8 +154,10 @@ def fold_flow(
                 w2=scale[:, None] * w2,
                 b2=b2_,
                 g=g_,
-                w_out=torch.mul(w_perm, g_, out=torch.empty(w_perm.shape, dtype=dtype, device=device)),
-                out_bias=torch.mv(w_perm, offset_)[:, None],
+                w_out=torch.mul(w_perm, g_, out=w_perm.new_empty(w_perm.shape)) if moved is None else None,
+                moved=moved,
+                g_out=g_[moved, None] if moved is not None else None,
+                out_bias=(torch.mv(w_perm, offset_) if moved is None else offset_[moved])[:, None],
                 log_g=log_g_,
             )
         )

@@ -124,8 +124,7 @@ class Scratch:
         s.sigmoid_().mul_(2 * clamp).sub_(clamp)
         self.scale_sum.add_(s)
         torch.addcmul(self.shift, state.active, s.exp_(), out=state.active)  # y = [x1, x2 exp(s) + a_t], in place
-        # W_perm (g y + offset)
-        torch.bmm(layer.w_out.expand(lanes, -1, -1), state.all, out=self.following.all).add_(layer.out_bias)
+        layer.permute(state.all, out=self.following.all)
         self.state, self.following = self.following, state
 
 

@@ -145,7 +145,7 @@ def carry_keeping(
     active = kept.y[:, c1:]
     kept.x2.copy_(active)
     torch.addcmul(a[:, c2:], kept.x2, kept.scale, out=active)  # y = [x1, x2 exp(s) + a_t], in place
-    torch.bmm(layer.w_out.expand(lanes, -1, -1), kept.y, out=following).add_(layer.out_bias)
+    layer.permute(kept.y, out=following)
 
 
 class Scratch(NamedTuple):
@@ -195,7 +195,7 @@ class Gradients:
         """Adds one chunk's gradients of one layer; returns dx [L, C, n], which lies in the scratch."""
         c1, c2, lanes = self.spec.passive_channels, self.spec.active_channels, len(d_out)
         layer, (dy, product, da, d_hidden, _) = self.folded[index], scratch
-        torch.bmm(layer.w_out.T.expand(lanes, -1, -1), d_out, out=dy)  # out = W_perm diag(g) y + W_perm offset
+        layer.permute_back(d_out, out=dy)  # out = W_perm (g y + offset)
         self.y_sum[index] += dy.sum(dim=(0, 2))
         self.y_dot[index] += torch.mul(dy, kept.y, out=product).sum(dim=(0, 2))
 

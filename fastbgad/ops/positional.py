@@ -59,7 +59,9 @@ class PositionalRows:
     def codes(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The codes of all columns [width, channels / 2] and of all rows [height, channels / 2]."""
         half = self.channels // 2
-        return axis_code(self.width, half, dtype, device), axis_code(self.height, half, dtype, device)
+        # Tensors that are made while a graph is traced must not be kept for later calls.
+        code = axis_code.__wrapped__ if torch.compiler.is_compiling() else axis_code
+        return code(self.width, half, dtype, device), code(self.height, half, dtype, device)
 
     def dense(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The condition as a tensor [rows, channels]."""
