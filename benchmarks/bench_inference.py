@@ -1,4 +1,4 @@
-"""From image to anomaly map: the official pipeline's arithmetic and anomalib's Cflow against fastbgad.
+"""From image to anomaly map: the official pipeline's arithmetic against fastbgad.
 
     pytest benchmarks/bench_inference.py
 
@@ -31,10 +31,10 @@ from fastbgad.ops import Impl, PositionalRows, score_map
 from fastbgad.scoring import Calibration
 from tests.flows import double, freia_flow
 
-OFFICIAL, ANOMALIB, BFLOAT16 = "official arithmetic", "anomalib Cflow", "fastbgad torch, bfloat16 backbone"
+OFFICIAL, BFLOAT16 = "official arithmetic", "fastbgad torch, bfloat16 backbone"
 B6 = "tf_efficientnet_b6"
 # Of the anomaly map, in units of its largest value. bfloat16 keeps 8 bits of every activation of the backbone.
-TOLERANCE, HALF_TOLERANCE = {PORTABLE: 1e-4, OFFICIAL: 1e-4, ANOMALIB: 1e-4, KERNELS: 1e-3}, 0.2
+TOLERANCE, HALF_TOLERANCE = {PORTABLE: 1e-4, OFFICIAL: 1e-4, KERNELS: 1e-3}, 0.2
 
 
 class Pipelines:
@@ -154,70 +154,6 @@ def image_inference(backbone: str, size: int, batch: int, **options) -> Comparis
     )
 
 
-class Cflow:
-    """anomalib's Cflow with random weights, and fastbgad's flows and scoring on the same encoder and weights."""
-
-    def __init__(self, backbone: str, size: int) -> None:
-        try:
-            from anomalib.models.image.cflow.torch_model import CflowModel
-        except ImportError as error:
-            raise SkippedError(f"anomalib is not installed ({error}); pip install 'fastbgad[peers]'") from error
-        torch.manual_seed(0)
-        self.size = size
-        self.theirs = CflowModel(backbone, ["layer2", "layer3", "layer4"], pre_trained=False).to(DEVICE).eval()
-        self.images = torch.rand(1, 3, size, size).to(DEVICE)
-        self.flows = []
-        for decoder in self.theirs.decoders:
-            channels = decoder.module_list[0].w_perm.shape[0]
-            flow = ConditionalFlow(FlowSpec(channels, hard_permutation=True)).to(DEVICE).requires_grad_(False)
-            flow.load_state_dict(decoder.state_dict())
-            self.flows.append(flow.freeze())
-
-    def anomalib(self) -> Tensor:
-        return self.theirs(self.images).anomaly_map.reshape(-1, self.size, self.size)
-
-    @torch.no_grad()
-    def fast(self, impl: Impl) -> Tensor:
-        features = self.theirs.encoder(self.images)
-        levels = [
-            flow.log_likelihood_map(maps, impl=impl) for flow, maps in zip(self.flows, features.values(), strict=True)
-        ]
-        most = torch.stack([lp.max() for lp in levels])
-        # anomalib's offset: the largest summed likelihood of this map
-        found = score_map(levels, (self.size, self.size), most, torch.zeros((), device=DEVICE), impl=impl).anomaly_map
-        return found - found.min()
-
-
-def cflow_inference(backbone: str, size: int, **options) -> Comparison:
-    cflow = functools.cache(lambda: Cflow(backbone, size))
-
-    def prepare(name: str) -> Contender:
-        if name == KERNELS:
-            kernels_or_skip()
-        calls = {
-            ANOMALIB: lambda: cflow().anomalib(),
-            PORTABLE: lambda: cflow().fast("torch"),
-            KERNELS: lambda: cflow().fast("triton"),
-        }
-        call = calls[name]
-
-        def error() -> float:
-            truth = cflow().anomalib().double()
-            return float((call().double() - truth).abs().max() / truth.abs().max())
-
-        cflow()
-        return Contender(call, None if name == ANOMALIB else error, TOLERANCE[name])
-
-    return Comparison(
-        f"image inference against anomalib's Cflow, {backbone}, 1 of {size} pixels",
-        ANOMALIB,
-        {name: partial(prepare, name) for name in (ANOMALIB, PORTABLE, KERNELS)},
-        sizes={"pixels": size},
-        images=1,
-        **options,
-    )
-
-
 def flow_at_high_resolution(size: int, **options) -> Comparison:
     """The flows and the scoring of one image, for the memory they take beyond the backbone's own activations."""
 
@@ -275,8 +211,6 @@ def comparisons() -> list[Comparison]:
         image_inference(B6, 256, 8, rounds=7),
         image_inference(B6, 512, 1, rounds=7),
         image_inference(B6, 1024, 1, rounds=7),
-        cflow_inference("resnet18", 256, rounds=15, warmup=2),
-        cflow_inference("wide_resnet50_2", 256, rounds=5),
         *(flow_at_high_resolution(size, rounds=3) for size in (512, 1024, 2048, 4096)),
     ]
 
