@@ -1,4 +1,4 @@
-"""The command line: `fastbgad demo | train | evaluate | predict | bench | info`.
+"""The command line: `fastbgad demo | train | evaluate | predict | bench | convert | export | info`.
 
 Every command is a frozen dataclass; tyro turns its fields into options and its comments into help. What a command
 does stands in `fastbgad.commands`.
@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from .config import PRESETS, Method, TrainConfig
+from .config import PRESETS, LossConfig, Method, TrainConfig
+from .convert import ReadOptions, Target
 from .errors import MissingDependencyError
 from .evaluation import CalibrationName
+from .export_formats import ExportFormat
 from .features import Placement
 from .ops import Impl, Precision
 from .prediction import MapFormat
@@ -237,6 +239,82 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint of the official BGAD, of CFLOW-AD or of anomalib's Cflow to a model of fastbgad, and back.
+
+    Whose checkpoint it is and what it holds is found out from its tensors; no code in it is run, nothing is downloaded.
+
+    For example:
+
+    fastbgad convert official.pt screw.safetensors --data mvtec --category screw
+
+    fastbgad convert cflow.ckpt model.safetensors
+
+    fastbgad convert model.safetensors official.pt --to bgad
+
+    A checkpoint of other code has no calibration. --data gives the model its own, from a dataset's normal training
+    images; without it `fastbgad evaluate --calibration official` works as the other code does, and `fastbgad predict`
+    does not.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Checkpoint (.pt, .ckpt) or model.safetensors to read."""
+    out: tyro.conf.Positional[Path]
+    """File to write: .safetensors for a model of fastbgad, .pt or .ckpt for a checkpoint of other code."""
+    to: Target | None = None
+    """What to write: fastbgad, bgad (official), cflow-ad or anomalib. If left out: a model of fastbgad from a
+    checkpoint; from a model what it once was, anomalib's for .ckpt, else the official BGAD's."""
+    data: Path | None = None
+    """Folder of the dataset or of one category whose normal training images the model is calibrated on."""
+    category: str | None = None
+    """Name of the category; may be left out where there is only one."""
+    layout: Layout = "auto"
+    """How the folders are laid out."""
+    check: Check = "full"
+    """How thoroughly the dataset is checked first."""
+    beta: float = LossConfig.beta
+    """Of the calibration: the boundary is this fraction's percentile of the normal log-likelihoods."""
+    tau: float = LossConfig.tau
+    """Of the calibration: margin between the normal and the anomalous boundary."""
+    force: bool = False
+    """Overwrite OUT."""
+    device: str = "auto"
+    """Where the calibration runs: auto, cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Threads that decode images."""
+    reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained model as one file that runs without fastbgad, and check that it computes the same.
+
+    For example:
+
+    fastbgad export --model runs/screw/model.safetensors --out screw.onnx
+
+    fastbgad export --model runs/screw/model.safetensors --out screw.pt2 --format torch-export
+
+    fastbgad export --model runs/screw/model.safetensors --out screw.pt2 --format aoti --device cuda
+
+    The file takes batches of any number of images, [B, 3, H, W] float32, RGB in [0, 1], of the size that the model was
+    trained at, and gives anomaly_map, image_score, image_side, decision and the log-likelihoods of every level.
+    Thresholds and image size stand in it as metadata. Before it takes its place it is loaded back, run on generated
+    images and held against the model; if it differs, nothing is written.
+    """
+
+    model: Path
+    """A model.safetensors that train wrote."""
+    out: Path
+    """File to write: .onnx, or .pt2 for the formats torch-export and aoti; one that is there is replaced."""
+    format: ExportFormat = "onnx"
+    """onnx: for ONNX Runtime and others (needs fastbgad[export]); torch-export: for PyTorch, on any machine; aoti:
+    compiled for machines like this one, for PyTorch in Python or C++ (needs a C++ compiler and a minute or more)."""
+    device: str = "cpu"
+    """Where a torch-export or aoti file will run: cpu, cuda or cuda:N. An ONNX file is bound to no device."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Show versions, machine and, if one is given, what a model file holds."""
 
@@ -244,7 +322,7 @@ class Info:
     """A model.safetensors that train wrote."""
 
 
-Command = Demo | Train | Evaluate | Predict | Bench | Info
+Command = Demo | Train | Evaluate | Predict | Bench | Convert | Export | Info
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -257,6 +335,8 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     command: Any = tyro.cli(

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import singledispatch
@@ -16,12 +17,14 @@ import torch
 
 from . import console
 from .backbones import create_backbone
-from .cli import Bench, Command, Demo, Evaluate, Info, Predict, Train
+from .cli import Bench, Command, Convert, Demo, Evaluate, Export, Info, Predict, Train
 from .config import METHOD_NAMES, TrainConfig, demo_preset
+from .convert import convert
 from .data import Sample, Split, make_demo_dataset, open_category, split_known_anomalies
 from .environment import choose_device, machine, versions
 from .errors import ConfigError
 from .evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
+from .export import export_detector
 from .files import make_folder, write_json
 from .metrics import official_pro
 from .model import BGAD
@@ -219,6 +222,8 @@ def _evaluate(command: Evaluate) -> int:
     if command.official_pro:
         pro = official_pro(evaluation.maps, evaluation.masks, command.pro_limit)
         facts["official PRO"] = f"{pro:.4f}"
+    if not model.calibrated:
+        facts["decisions"] = "none: the model has no calibration"
     console.print_facts(facts)
     if command.out is not None:
         _write_metrics(make_folder(command.out), model, evaluation)
@@ -358,6 +363,45 @@ def _write_bench(command: Bench, config: ThroughputConfig, rows: Sequence[Row]) 
     write_json(command.json, content)
 
 
+# ----------------------------------------------------------------- convert
+
+
+@run.register
+def _convert(command: Convert) -> int:
+    normals: tuple[Sample, ...] = ()
+    if command.data is not None:
+        normals = open_category(command.data, command.category, command.layout, command.check).train
+    with console.image_bar("calibration", len(normals)) if normals else nullcontext() as on_images:
+        conversion = convert(
+            command.source,
+            command.out,
+            command.to,
+            command.reading,
+            normals=normals,
+            beta=command.beta,
+            tau=command.tau,
+            force=command.force,
+            device=choose_device(command.device),
+            workers=command.workers,
+            on_images=on_images,
+        )
+    console.print_facts(conversion.facts)
+    for note in conversion.notes:
+        print(f"note: {note}")
+    return 0
+
+
+# ------------------------------------------------------------------ export
+
+
+@run.register
+def _export(command: Export) -> int:
+    model = BGAD.load(command.model)
+    summary = export_detector(model, command.out, command.format, device=command.device)
+    console.print_facts(summary.facts())
+    return 0
+
+
 # -------------------------------------------------------------------- info
 
 
@@ -366,13 +410,13 @@ def _info(command: Info) -> int:
     console.print_facts({**versions(), **machine()})
     if command.model is not None:
         model = BGAD.load(command.model)
-        b_n, b_a = model.thresholds()
+        edges = ", ".join(f"{edge:.4f}" for edge in model.thresholds()) if model.calibrated else "no calibration"
         print()
         facts: dict[str, object] = {
             "model": command.model,
             "method": _method_of(model),
             "parameters of the flows": f"{sum(p.numel() for p in model.flows.parameters() if p.requires_grad):,}",
-            "score at b_n, b_a": f"{b_n:.4f}, {b_a:.4f}",
+            "score at b_n, b_a": edges,
             "passes trained": len(model.history.get("passes", [])),
             "known anomalies": len(model.history.get("known_anomalies", [])),
         }

@@ -39,12 +39,15 @@ class FlowConfig:
     """tanh: clamp * tanh(a), as the official code; scaled_tanh: clamp * tanh(a / clamp), as FrEIA since August 2023."""
     global_affine: GlobalAffine = "SOFTPLUS"
     """Activation of the global scale, as FrEIA names it."""
+    hard_permutation: bool = False
+    """Permute channels after every coupling layer, as anomalib does by default, instead of rotating them."""
 
     def spec(self, channels: int) -> FlowSpec:
         """The flow of a level with this many channels."""
         return FlowSpec(
-            channels, self.condition_channels, self.coupling_layers, self.clamp, self.clamp_form, self.global_affine
-        )
+            channels, self.condition_channels, self.coupling_layers, self.clamp, self.clamp_form, self.global_affine,
+            self.hard_permutation,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from .features import cell_mask
 from .metrics import Metrics, evaluate
 from .model import BGAD
 from .report import ImageRow, LevelHistogram, RunReport
-from .scoring import official_anomaly_maps, sides
+from .scoring import Calibration, official_anomaly_maps, sides
 
 CalibrationName = Literal["training", "official"]
 
@@ -45,7 +45,8 @@ def evaluate_model(
     """Scores test samples and computes image AUROC, pixel AUROC and exact AUPRO.
 
     Args:
-        model: a trained model.
+        model: a trained model. One without calibration can only be measured with the official one, and decides
+            nothing: all sides are 0.
         samples: normal and anomalous test samples.
         calibration: "training": the model's own constants; "official": each level's maximum over these samples, as
             the official code has it (its scores then depend on the samples; decisions always use the model's own).
@@ -56,14 +57,20 @@ def evaluate_model(
 
     Raises:
         MetricError: normal or anomalous samples only. DataError: an unusable image or mask.
+        FeatureError: `calibration` is "training" and the model has none.
     """
     if calibration not in get_args(CalibrationName):
         raise ConfigError(f"calibration is {calibration!r}; choose training or official")
     if not samples:
         raise DataError("there is no test image to evaluate on")
+    if calibration == "official" and not model.calibrated:
+        constants = _no_calibration(model)
+    else:
+        constants = model.calibration()
     maps, decisions, masks, levels = [], [], [], []
     for batch in stream_batches(samples, model.image_size, batch_size, workers):
-        prediction = model.predict(batch.images)
+        with torch.inference_mode():
+            prediction = model.decide(model(batch.images), calibration=constants)
         maps.append(prediction.anomaly_map.cpu())
         decisions.append(prediction.decision.cpu())
         masks.append(batch.masks)
@@ -79,6 +86,12 @@ def evaluate_model(
     all_masks = torch.cat(masks)
     metrics = evaluate(anomaly_maps, all_masks, image_scores, labels, pro_limit)
     return Evaluation(metrics, tuple(samples), image_scores, anomaly_maps, torch.cat(decisions), all_masks, level_maps)
+
+
+def _no_calibration(model: BGAD) -> Calibration:
+    """Constants for a model without calibration: nothing lies beyond a boundary that is NaN."""
+    levels = model.level_max
+    return Calibration(torch.zeros_like(levels), levels.new_zeros(()), levels.new_full((len(levels), 2), torch.nan))
 
 
 def metrics_dict(metrics: Metrics) -> dict[str, float]:
@@ -146,7 +159,12 @@ def run_report(
 
 
 def false_alarms(model: BGAD, evaluation: Evaluation) -> dict[str, float]:
-    """How the explicit boundary decides images: the share of normal and of anomalous images beyond b_a."""
+    """How the explicit boundary decides images: the share of normal and of anomalous images beyond b_a.
+
+    Empty for a model without calibration, which has no boundary.
+    """
+    if not model.calibrated:
+        return {}
     _, b_a = model.thresholds()
     beyond = sides(evaluation.image_scores, b_a, b_a) == 2
     labels = torch.tensor([sample.label for sample in evaluation.samples], dtype=torch.bool)

@@ -22,7 +22,7 @@ class CouplingLayer(nn.Module):
 
     w_perm: Tensor
 
-    def __init__(self, spec: FlowSpec, generator: torch.Generator) -> None:
+    def __init__(self, spec: FlowSpec, generator: torch.Generator | None) -> None:
         super().__init__()
         channels = spec.channels
         # The parameter whose activation is 1, as FrEIA starts with global_affine_init = 1.
@@ -31,7 +31,7 @@ class CouplingLayer(nn.Module):
         self.global_offset = nn.Parameter(torch.zeros(1, channels))
         draw = _random_permutation if spec.hard_permutation else _random_rotation
         # Contiguous: a QR decomposition leaves its columns side by side, and the kernels read rows.
-        w_perm = draw(channels, generator).float().contiguous()
+        w_perm = torch.eye(channels) if generator is None else draw(channels, generator).float().contiguous()
         self.w_perm = nn.Parameter(w_perm, requires_grad=False)
         self.w_perm_inv = nn.Parameter(w_perm.T.contiguous(), requires_grad=False)
         self.subnet = nn.Sequential(
@@ -52,14 +52,17 @@ class ConditionalFlow(nn.Module):
 
     Args:
         spec: the shape of the flow.
-        seed: seed of the initial weights; the global random state is left alone.
+        seed: seed of the initial weights; the global random state is left alone. None for a flow that is about to be
+            loaded: zeros and no permutation at once, where drawing rotations takes seconds at 2048 channels.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
         precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
     """
 
-    def __init__(self, spec: FlowSpec, *, seed: int = 0, impl: Impl = "auto", precision: Precision = "float16") -> None:
+    def __init__(
+        self, spec: FlowSpec, *, seed: int | None = 0, impl: Impl = "auto", precision: Precision = "float16"
+    ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.spec = spec
         self.impl: Impl = impl
         self.precision: Precision = precision
@@ -130,13 +133,16 @@ class ConditionalFlow(nn.Module):
         return repr(self.spec)
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    """A linear layer with torch's usual initial distribution, U(-1/sqrt(inputs), 1/sqrt(inputs)), from `generator`."""
+def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """A linear layer with torch's usual initial distribution, U(-1/sqrt(inputs), 1/sqrt(inputs)), or with zeros."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     bound = 1 / math.sqrt(inputs)
     with torch.no_grad():
-        layer.weight.uniform_(-bound, bound, generator=generator)
-        layer.bias.uniform_(-bound, bound, generator=generator)
+        for tensor in (layer.weight, layer.bias):
+            if generator is None:
+                tensor.zero_()
+            else:
+                tensor.uniform_(-bound, bound, generator=generator)
     return layer
 
 

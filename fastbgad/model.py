@@ -38,7 +38,7 @@ class BGAD(nn.Module):
         image_size: (height, width) of the images, in pixels.
         flow: shape of the normalizing flows.
         normalizer: log-likelihoods are divided by it before they meet the boundary.
-        seed: seed of the flows' initial weights; the global random state is left alone.
+        seed: seed of the flows' initial weights; the global random state is left alone. None: see `ConditionalFlow`.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
         precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
 
@@ -56,7 +56,7 @@ class BGAD(nn.Module):
         *,
         flow: FlowConfig | None = None,
         normalizer: float = 10.0,
-        seed: int = 0,
+        seed: int | None = 0,
         impl: Impl = "auto",
         precision: Precision = "float16",
     ) -> None:
@@ -67,7 +67,12 @@ class BGAD(nn.Module):
         self.normalizer = normalizer
         self.impl: Impl = impl
         self.flows = nn.ModuleList(
-            ConditionalFlow(self.flow_config.spec(channels), seed=1000 * seed + level, impl=impl, precision=precision)
+            ConditionalFlow(
+                self.flow_config.spec(channels),
+                seed=None if seed is None else 1000 * seed + level,
+                impl=impl,
+                precision=precision,
+            )
             for level, channels in enumerate(backbone.channels)
         )
         levels = len(backbone.channels)
@@ -97,9 +102,13 @@ class BGAD(nn.Module):
         self.boundaries.copy_(calibration.boundaries)
 
     def calibration(self) -> Calibration:
-        """The constants that turn log-likelihoods into scores; raises `FeatureError` before training."""
+        """The constants that turn log-likelihoods into scores; raises `FeatureError` if there are none."""
         if not self.calibrated:
-            raise FeatureError("this model has no calibration yet: train it with fastbgad.fit or load a trained one")
+            raise FeatureError(
+                "this model has no calibration: if it was converted, convert it again with normal images (`fastbgad "
+                "convert ... --data DIR`) or measure it with `fastbgad evaluate --calibration official`; otherwise "
+                "train it (`fastbgad train`, fastbgad.fit) or load a trained one"
+            )
         return Calibration(self.level_max, self.offset, self.boundaries)
 
     def thresholds(self) -> tuple[float, float]:
@@ -183,17 +192,22 @@ class BGAD(nn.Module):
             "normalizer": self.normalizer,
         }
 
-    def save(self, path: str | Path, history: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, path: str | Path, history: Mapping[str, Any] | None = None, *, allow_uncalibrated: bool = False
+    ) -> None:
         """Writes the whole detector, backbone included, to one file, atomically.
 
         Args:
             path: usually `model.safetensors`.
             history: JSON-able facts about the training, kept in `BGAD.history`.
+            allow_uncalibrated: also write a model without calibration, such as one converted from other code: it
+                loads, and `fastbgad.evaluate_model` measures it with the official calibration.
 
         Raises:
-            OutputError: the file cannot be written. FeatureError: the model was never trained.
+            OutputError: the file cannot be written. FeatureError: the model has no calibration.
         """
-        self.calibration()
+        if not allow_uncalibrated:
+            self.calibration()
         self.history = dict(history or self.history)
         save_checkpoint(
             path, "model", self.state_dict(), {"architecture": self.architecture(), "history": self.history}
@@ -226,6 +240,7 @@ class BGAD(nn.Module):
                 tuple(architecture["image_size"]),
                 flow=FlowConfig(**architecture["flow"]),
                 normalizer=architecture["normalizer"],
+                seed=None,
                 impl=impl,
                 precision=precision,
             )

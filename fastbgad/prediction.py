@@ -93,8 +93,10 @@ def predict_files(
         on_images: called with the number of images of every finished batch.
 
     Raises:
+        FeatureError: the model has no calibration.
         OutputError: `out` cannot be written, or holds a CSV and `resume` is false.
     """
+    model.calibration()  # before anything is written
     if maps not in get_args(MapFormat):
         raise ConfigError(f"maps is {maps!r}; choose one of {', '.join(get_args(MapFormat))}")
     if batch_size < 1 or workers < 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbgad
+from fastbgad.backbones.frozen_network import PackedConvolution
 from fastbgad.compat.cflow import AcceleratedCflow
 from fastbgad.errors import UnsupportedFlowError
 
@@ -72,18 +73,13 @@ def test_same_maps(original: Any, batch: int) -> None:
     assert type(fast) is type(original)
 
 
-def test_batch_normalisations_are_folded(original: Any) -> None:
+def test_the_encoder_is_prepared(original: Any) -> None:
     fast = fastbgad.accelerate(copy.deepcopy(original))
     fast(images(1))
-    folded = vars(fast)["_fastbgad"]._encoder
-    assert folded is not fast.encoder
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules() if _used(folded, module))
-
-
-def _used(encoder: nn.Module, module: nn.Module) -> bool:
-    graph = encoder.feature_extractor.graph  # type: ignore[union-attr]
-    used = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    return any(name in used for name, child in encoder.feature_extractor.named_modules() if child is module)  # type: ignore[union-attr]
+    prepared = vars(fast)["_fastbgad"].network
+    assert prepared is not fast.encoder.feature_extractor
+    assert any(isinstance(module, PackedConvolution) for module in prepared.modules())
+    assert not any(isinstance(module, PackedConvolution) for module in fast.modules())
 
 
 def test_an_encoder_that_changes_is_folded_anew(original: Any) -> None:
@@ -111,7 +107,7 @@ def test_an_encoder_that_cannot_be_traced_runs_as_it_is(original: Any) -> None:
     fast.encoder.feature_extractor = Stubborn(fast.encoder.feature_extractor)
     fastbgad.accelerate(fast)
     assert close(fast(images(2)), original(images(2)))
-    assert vars(fast)["_fastbgad"]._encoder is fast.encoder
+    assert vars(fast)["_fastbgad"].network is fast.encoder.feature_extractor
 
 
 def test_copies_and_pickles(original: Any) -> None:

@@ -333,6 +333,36 @@ def test_unknown_names_levels_and_dtypes_are_one_clear_error() -> None:
         small(dtype="int8")
 
 
+def test_padding_mean_and_std() -> None:
+    """They are part of the configuration where they are not timm's own; tests/test_convert.py has their arithmetic."""
+    usual = create_backbone("resnet18", (1,), "random", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert usual.config() == {"name": "resnet18", "levels": [1], "dtype": "float32"}
+    other = create_backbone("resnet18", (1,), "random", padding_mode="reflect", std=(1, 1, 1))
+    assert other.config() == {**usual.config(), "padding_mode": "reflect", "std": [1.0, 1.0, 1.0]}
+    images = random_images((32, 32))
+    features, reflected = (
+        usual(images)[0],
+        create_backbone("resnet18", (1,), "random", padding_mode="reflect")(images)[0],
+    )
+    assert not torch.equal(features, reflected)
+    again = create_backbone(**json.loads(json.dumps(other.config())), weights="random")
+    assert torch.equal(again(images)[0], other(images)[0])
+    assert len({backbone.fingerprint() for backbone in (usual, other)}) == 2
+    with pytest.raises(FeatureError, match="at least 8"):
+        other(random_images((7, 32)))
+    for options, message in (
+        ({"padding_mode": "circular"}, "unknown padding 'circular'"),
+        ({"mean": (0.5, 0.5)}, r"mean of a backbone is \[0.5, 0.5\]; give three numbers"),
+        ({"std": (0.5, 0.5, 0.0)}, "give three positive numbers"),
+    ):
+        with pytest.raises(BackboneError, match=message):
+            small(**options)  # type: ignore[arg-type]
+    with pytest.raises(BackboneError, match="pads in a way of its own"):
+        create_backbone("tf_efficientnet_b0", (1,), "random", padding_mode="reflect")
+    with pytest.raises(BackboneError, match="gabor backbone knows no other padding"):
+        create_backbone("gabor", padding_mode="reflect")
+
+
 def test_a_model_without_feature_maps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_features(*_: object, **__: object) -> nn.Module:
         raise RuntimeError("features_only not implemented for this model")

@@ -19,6 +19,9 @@ def create_backbone(
     seed: int = 0,
     dtype: str = "float32",
     compile: bool = False,
+    padding_mode: str = "zeros",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Backbone:
     """Builds a backbone by name.
 
@@ -30,6 +33,9 @@ def create_backbone(
         seed: for random weights; the global random state is neither read nor changed.
         dtype: `float32`, `float16` or `bfloat16`, of a timm model's weights and features; `gabor` knows float32 only.
         compile: run a timm model through torch.compile; `gabor` does without.
+        padding_mode: `zeros`, or `reflect` in every convolution of a timm model that pads, as CFLOW-AD has it.
+        mean: three values that a timm model's images are reduced by; those of its pretrained weights if None.
+        std: three values that they are then divided by; those of its pretrained weights if None.
 
     Raises:
         BackboneError: unknown name or level, a model without feature maps, or an unreachable hub.
@@ -40,8 +46,13 @@ def create_backbone(
             raise BackboneError(f"the gabor backbone has no weights to load from {weights}: leave weights out")
         if dtype != "float32" or compile:
             raise BackboneError("the gabor backbone runs in float32, uncompiled: leave dtype and compile out")
+        if padding_mode != "zeros" or mean is not None or std is not None:
+            raise BackboneError("the gabor backbone knows no other padding, mean or std: leave them out")
         return GaborBackbone(levels)
     # timm takes seconds to import, and the Gabor filter bank does without it.
     from .timm_features import TimmBackbone
 
-    return TimmBackbone(name, levels, weights, seed=seed, dtype=dtype, compile=compile)
+    return TimmBackbone(
+        name, levels, weights,
+        seed=seed, dtype=dtype, compile=compile, padding_mode=padding_mode, mean=mean, std=std,
+    )  # fmt: skip

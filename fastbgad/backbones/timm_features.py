@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ class TimmBackbone(Backbone):
         seed: int = 0,
         dtype: str = "float32",
         compile: bool = False,
+        padding_mode: str = "zeros",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         """Builds the model and loads its weights.
 
@@ -55,15 +59,22 @@ class TimmBackbone(Backbone):
             seed: for random weights.
             dtype: `float32`, `float16` or `bfloat16`, of the weights and of the features.
             compile: run the network through torch.compile; the names in the state dict stay the same.
+            padding_mode: `zeros`, or `reflect` in every convolution that pads, as CFLOW-AD has it.
+            mean: three values that are subtracted from images in [0, 1]; those of timm's pretrained weights if None.
+            std: three positive values that images are then divided by; those of timm's pretrained weights if None.
 
         Raises:
-            BackboneError: unknown name, level or dtype, a model without feature maps, or an unreachable hub.
+            BackboneError: unknown name, level, dtype or padding, a model without feature maps or that cannot pad so,
+                statistics that are not three numbers, or an unreachable hub.
             CheckpointError: a weights file that is missing, damaged or of another model.
         """
         super().__init__()
+        if padding_mode not in ("zeros", "reflect"):
+            raise BackboneError(f"unknown padding {padding_mode!r} of a backbone; choose zeros or reflect")
         if dtype not in _DTYPES:
             raise BackboneError(f"unknown dtype {dtype!r} of a backbone; choose one of {', '.join(_DTYPES)}")
         self.name, self.levels, self.dtype = name, tuple(int(level) for level in levels), dtype
+        self.padding_mode = padding_mode
         whole = _build(name, seed)
         info, size_of_whole = whole.feature_info, _count(whole)
         del whole  # never two large models at a time
@@ -75,6 +86,8 @@ class TimmBackbone(Backbone):
         overlay = hub_overlay(name) if source == "pretrained" else None
         net = _build(name, seed, out_indices=self.levels, overlay=overlay)
         self.truncated = _truncate(net, self.levels)
+        if padding_mode == "reflect":
+            _reflect(net, name)
         self.dropped_parameters = size_of_whole - _count(net)
         if source not in ("pretrained", "random"):
             load_weights(net, read_weights(weights), weights, name)
@@ -82,10 +95,15 @@ class TimmBackbone(Backbone):
         self._channels_come_last = str(getattr(net, "output_fmt", "")).endswith("NHWC")
         source_config = net.pretrained_cfg
         self._fixed_size = tuple(source_config["input_size"][1:]) if source_config.get("fixed_input_size") else None
-        # Statistics of the pretrained weights, not learnt here: they follow from the name, so no checkpoint needs them.
-        for buffer in ("mean", "std"):
-            values = torch.tensor(source_config[buffer], dtype=torch.float32).view(1, 3, 1, 1)
-            self.register_buffer(buffer, values, persistent=False)
+        # Not learnt here: they follow from the name or stand in `config`, so no checkpoint needs them as tensors.
+        self._chosen: dict[str, list[float]] = {}
+        for buffer, chosen in (("mean", mean), ("std", std)):
+            usual = tuple(float(value) for value in source_config[buffer])
+            values = usual if chosen is None else _statistics(buffer, chosen)
+            if values != usual:
+                self._chosen[buffer] = list(values)
+            tensor = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(buffer, tensor, persistent=False)
         self.net = net.to(_DTYPES[dtype]).to(memory_format=torch.channels_last)
         self._freeze()
         if compile:
@@ -98,7 +116,8 @@ class TimmBackbone(Backbone):
         Raises:
             FeatureError: images that the model cannot take, or features that are not maps of this many channels.
         """
-        images = unit_range(images, smallest=max(self.strides))
+        # A reflection needs a neighbour on every map: twice as many pixels as zeros need.
+        images = unit_range(images, smallest=max(self.strides) * (2 if self.padding_mode == "reflect" else 1))
         height, width = images.shape[-2:]
         fixed_height, fixed_width = self._fixed_size or (height, width)
         if (height, width) != (fixed_height, fixed_width):
@@ -120,7 +139,31 @@ class TimmBackbone(Backbone):
 
     def config(self) -> dict[str, Any]:
         """See `Backbone.config`. `compile` is left out: it depends on the machine, not on the model."""
-        return {"name": self.name, "levels": list(self.levels), "dtype": self.dtype}
+        config = {"name": self.name, "levels": list(self.levels), "dtype": self.dtype, **self._chosen}
+        if self.padding_mode != "zeros":
+            config["padding_mode"] = self.padding_mode
+        return config
+
+
+def blank_extractor(name: str, levels: tuple[int, ...] | None = None) -> Any:
+    """timm's feature extractor of some or all levels without memory behind its tensors: for names and shapes.
+
+    Raises:
+        BackboneError: unknown name, or a model without feature maps.
+    """
+    with torch.device("meta"):
+        return _build(name, seed=0, out_indices=levels)
+
+
+def whole_state(backbone: TimmBackbone) -> dict[str, Tensor]:
+    """What timm's own `features_only` model of these levels loads: float32 tensors on the CPU.
+
+    Stages that were cut off have random weights, the same at every call; no level depends on them.
+    """
+    whole = _build(backbone.name, seed=0, out_indices=backbone.levels).state_dict()
+    ours = backbone.net.state_dict()
+    state = {**whole, **{key: value.detach().cpu() for key, value in ours.items()}}
+    return {key: (value.float() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
 
 
 def _build(
@@ -176,6 +219,24 @@ def _truncate(net: Any, levels: tuple[int, ...]) -> bool:
     if isinstance(net, FeatureHookNet):
         return "body" not in net
     return isinstance(net, FeatureGetterNet) and hasattr(net.model, "prune_intermediate_layers")
+
+
+def _reflect(net: nn.Module, name: str) -> None:
+    """Makes every convolution that pads reflect the border instead of adding zeros."""
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    if not all(type(module) is nn.Conv2d and isinstance(module.padding, tuple) for module in convolutions):
+        raise BackboneError(f"{name} pads in a way of its own and cannot reflect; leave padding_mode at zeros")
+    for module in convolutions:
+        if any(module.padding):
+            module.padding_mode = "reflect"
+
+
+def _statistics(what: str, values: Sequence[float]) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (what == "std" and min(numbers) <= 0):
+        kind = "positive numbers" if what == "std" else "numbers"
+        raise BackboneError(f"{what} of a backbone is {list(values)}; give three {kind}, for red, green and blue")
+    return numbers
 
 
 def _count(net: nn.Module) -> int:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from ..backbones.frozen_network import FrozenCopy
 from ..errors import ConfigError, FeatureError, UnsupportedFlowError
 from ..flow import ConditionalFlow
 from ..flow_spec import CouplingWeights, FlowSpec
@@ -86,6 +87,7 @@ def accelerate(module: _Module, *, impl: Impl = "auto", precision: Precision = "
         state.make_picklable(flow)
     for model in models:
         swap(model, AcceleratedCflow)
+        model.__dict__["_fastbgad"] = FrozenCopy()
     return module
 
 

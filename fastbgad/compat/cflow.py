@@ -2,25 +2,22 @@
 
 anomalib asks its flows for one fiber batch after another and joins the results; rows do not depend on each other, so
 this only costs. Here every level is one call, with its positions instead of 128 channels of encoding, and the frozen
-encoder runs with its batch normalisations folded into the convolutions before them.
+encoder is made ready for inference once (`fastbgad.backbones.frozen_network`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..backbones.frozen_network import FrozenCopy, with_child
 from ..errors import UnsupportedFlowError
 from ..ops import PositionalRows
 from ..ops.log_likelihood import log_likelihood_of_norm
 from .class_swap import exporting, original_class, rebuild
-
-# Of a folded encoder, in units of a level's largest feature: rounding of the folded weights, through all layers.
-FOLDING_TOLERANCE = 1e-3
 
 
 def looks_like_cflow(module: nn.Module) -> bool:
@@ -46,6 +43,7 @@ class AcceleratedCflow(nn.Module):
     pool_layers: Sequence[str]
     condition_vector: int
     anomaly_map_generator: nn.Module
+    _fastbgad: FrozenCopy
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Any:
@@ -84,50 +82,15 @@ class AcceleratedCflow(nn.Module):
     def _features(self, images: Tensor) -> dict[str, Tensor]:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.encoder(images)
-        folded = self.__dict__.get("_fastbgad")
-        if folded is None:
-            folded = self.__dict__["_fastbgad"] = FoldedEncoder()
-        return folded(self.encoder, images)
+        extractor = getattr(self.encoder, "feature_extractor", None)
+        if not isinstance(extractor, nn.Module):
+            return self.encoder(images)
+        return with_child(self.encoder, "feature_extractor", self._fastbgad.of(extractor, images))(images)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.pop("_fastbgad", None)
+        self._fastbgad.forget()
         return super()._apply(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For copies and pickles: what was folded is folded again where they go."""
-        state = {key: value for key, value in self.__dict__.items() if key != "_fastbgad"}
-        return rebuild, (AcceleratedCflow, original_class(self)), state
-
-
-class FoldedEncoder:
-    """A copy of a frozen encoder with batch normalisations folded in; made again when the encoder changes."""
-
-    def __init__(self) -> None:
-        self._encoder: nn.Module | None = None
-        self._state: tuple[tuple[int, int], ...] = ()
-
-    def __call__(self, encoder: nn.Module, images: Tensor) -> Any:
-        tensors = [*encoder.parameters(), *encoder.buffers()]
-        state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-        if state != self._state or self._encoder is None:
-            self._encoder, self._state = _folded(encoder, images), state
-        return self._encoder(images)
-
-
-def _folded(encoder: nn.Module, images: Tensor) -> nn.Module:
-    """The folded copy if it can be made and computes the same on these images; else the encoder itself."""
-    extractor = getattr(encoder, "feature_extractor", None)
-    if not isinstance(extractor, nn.Module) or encoder.training:
-        return encoder
-    from torch.fx.experimental.optimization import fuse
-
-    try:
-        folded = fuse(extractor)
-    except Exception:  # not every network can be traced, and then nothing is lost but speed
-        return encoder
-    copied = copy.copy(encoder)
-    copied._modules = {**encoder._modules, "feature_extractor": folded}
-    for found, expected in zip(copied(images).values(), encoder(images).values(), strict=True):
-        if not (found - expected).abs().max() <= FOLDING_TOLERANCE * expected.abs().max():
-            return encoder
-    return copied
+        """For copies and pickles: the class is made again where they go."""
+        return rebuild, (AcceleratedCflow, original_class(self)), self.__dict__.copy()

@@ -1,0 +1,57 @@
+"""Calibrates a detector that was not trained here: its constants from normal images alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .config import LossConfig
+from .data import Sample, stream_batches
+from .errors import DataError, FeatureError
+from .model import BGAD
+from .ops.boundary import check_boundary_options
+from .scoring import calibrate
+
+
+@torch.inference_mode()
+def calibrate_model(
+    model: BGAD,
+    normals: Sequence[Sample],
+    *,
+    beta: float = LossConfig.beta,
+    tau: float = LossConfig.tau,
+    batch_size: int = 16,
+    workers: int = 2,
+    on_images: Callable[[int], None] | None = None,
+) -> None:
+    """Gives the model the constants of `fastbgad.scoring.calibrate`, as training does at its end.
+
+    Args:
+        model: calibrated in place; what it had before is replaced.
+        normals: normal images, best those that the flows were trained on.
+        beta: the boundary is this fraction's percentile of the normal log-likelihoods, in (0, 1).
+        tau: margin between the normal and the anomalous boundary, in units of log-likelihood / normalizer.
+        batch_size: images that go through the model together.
+        workers: threads that decode images.
+        on_images: called with the number of images of every finished batch.
+
+    Raises:
+        DataError: no image, or one that cannot be used. ConfigError: beta or tau out of range.
+        FeatureError: log-likelihoods that are not finite.
+    """
+    if not normals:
+        raise DataError("there is no normal image to calibrate on")
+    check_boundary_options(beta, tau, model.normalizer)
+    batches = []
+    for batch in stream_batches(normals, model.image_size, batch_size, workers):
+        batches.append([lp.cpu() for lp in model(batch.images)])
+        if on_images is not None:
+            on_images(len(batch.samples))
+    levels = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    if not all(bool(torch.isfinite(lp).all()) for lp in levels):
+        raise FeatureError(
+            "the log-likelihoods of the normal images contain NaN or Inf; check that the backbone and the image size "
+            "are those that the flows were trained with"
+        )
+    model.set_calibration(calibrate(levels, model.image_size, beta=beta, tau=tau, normalizer=model.normalizer))
