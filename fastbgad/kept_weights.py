@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .flow_spec import CouplingWeights, FlowSpec
-from .ops import FlowPack, Geometry, Impl, PositionalRows, Precision, pack_flow
+from .ops import FlowPack, Geometry, Impl, PositionalRows, Precision, flow_packed, pack_flow
 from .ops.dispatch import compute_dtype, resolve_impl
 from .ops.flow import is_wide
+from .ops.flow_packed import PackedFlow
 from .ops.flow_tables import FoldedFlow, fold_flow
 
 # Of one flow. Each is as large as its weights; maps of two sizes in turn should not fold anew at every call.
@@ -26,7 +27,7 @@ class KeptWeights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[tuple[tuple[int, int], ...], FlowPack | FoldedFlow]] = {}
+        self._kept: dict[Any, tuple[tuple[tuple[int, int], ...], FlowPack | FoldedFlow | PackedFlow]] = {}
 
     def clear(self) -> None:
         self._kept.clear()
@@ -43,7 +44,7 @@ class KeptWeights:
         condition: PositionalRows | Tensor | None,
         impl: Impl,
         precision: Precision,
-    ) -> FlowPack | FoldedFlow | None:
+    ) -> FlowPack | FoldedFlow | PackedFlow | None:
         """The kept form for `ops.flow_forward`; None for calls that cannot use it: gradients, the oracle, tracing."""
         if torch.compiler.is_compiling():
             return None
@@ -62,7 +63,10 @@ class KeptWeights:
                 kept = state, pack_flow(layers, spec, geometry)
             else:
                 positions = condition if isinstance(condition, PositionalRows) else None
-                kept = state, fold_flow(layers, spec, positions, dtype)
+                if flow_packed.available(spec, dtype, x.device):
+                    kept = state, flow_packed.pack_products(layers, spec, positions, len(x))
+                else:
+                    kept = state, fold_flow(layers, spec, positions, dtype)
             self._kept.pop(key, None)
             while len(self._kept) >= MOST_KEPT:
                 del self._kept[next(iter(self._kept))]  # the oldest

@@ -1,7 +1,8 @@
 """The door to the flow: features in, log-likelihood per dimension out.
 
-Oracle: `fastbgad.reference.flow_forward`. Portable fast path: `flow_torch`. Kernels: `flow_triton` for up to 256
-channels, whose rows stay on the chip through all layers; `flow_wide` beyond.
+Oracle: `fastbgad.reference.flow_forward`. Portable fast path: `flow_torch`, and `flow_packed` for wide flows whose
+weights are kept. Kernels: `flow_triton` for up to 256 channels, whose rows stay on the chip through all layers;
+`flow_wide` beyond.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from .. import reference
 from ..errors import BackendError, ConfigError, FeatureError
 from ..flow_spec import CouplingWeights, FlowSpec
 from ..kernels.flow_weights import MOST_CHANNELS, most_channels_with_gradients
-from . import flow_torch, flow_torch_training, flow_triton, flow_wide
+from . import flow_packed, flow_torch, flow_torch_training, flow_triton, flow_wide
 from .debug import check_values, debugging
 from .dispatch import Impl, Precision, compute_dtype, resolve_impl
+from .flow_packed import PackedFlow
 from .flow_tables import FoldedFlow, fold_flow
 from .flow_triton import FlowPack, Geometry, pack_flow
 from .positional import PositionalRows
@@ -47,7 +49,7 @@ def flow_forward(
     chunk_rows: int | None = None,
     precision: Precision = "float16",
     recompute: bool | None = None,
-    pack: FlowPack | FoldedFlow | None = None,
+    pack: FlowPack | FoldedFlow | PackedFlow | None = None,
 ) -> FlowOutput:
     """Carries N patch features through all coupling layers.
 
@@ -66,8 +68,8 @@ def flow_forward(
             accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32".
         recompute: whether the kernels' backward computes activations again instead of keeping them; None does so for
             a million rows, not for a training step.
-        pack: the same weights prepared before, by `pack_flow` for inference with the kernels or by `fold_flow` for the
-            portable path; see `ConditionalFlow.freeze`.
+        pack: the same weights prepared before, by `pack_flow` for inference with the kernels, by `fold_flow` or
+            `flow_packed.pack_products` for the portable path; see `ConditionalFlow.freeze`.
 
     Returns:
         `FlowOutput(log_likelihood [N], log_det [N], z [N, C] or None)`. A row whose features hold NaN or Inf has NaN
@@ -131,6 +133,8 @@ def flow_forward(
                 x, dense, positions, spec, chunk_rows, *weights
             )
             return FlowOutput(lp, log_det, latent if return_z else None)
+        if isinstance(pack, PackedFlow) and pack.serves(positions, dtype) and chunk_rows is None:
+            return FlowOutput(*flow_packed.infer(x, pack, spec, positions, dense, return_z))
         if not (isinstance(pack, FoldedFlow) and pack.serves(positions, dtype)):
             pack = fold_flow(layers, spec, positions, dtype)
         return FlowOutput(*flow_torch.infer(x, pack, spec, positions, dense, return_z, chunk_rows))
