@@ -32,7 +32,7 @@ from fastbgad.files import write_json  # noqa: E402
 BASELINES = Path(__file__).parent / "baselines"
 SUITES = (
     "bench_flow", "bench_spp_loss", "bench_score_map", "bench_log_likelihood", "bench_boundary", "bench_metrics",
-    "bench_backbone", "bench_inference", "bench_training",
+    "bench_backbone", "bench_inference", "bench_training", "bench_accelerate",
 )  # fmt: skip
 ANY_CPU = "any-cpu"  # what holds on every CPU: floors, for machines without a baseline of their own
 UPDATE_REPEATS = 3
