@@ -24,8 +24,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
 
+# Tests use one thread each, so every core runs some of them.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ from fastbgad.roofline import measure_ceilings  # noqa: E402
 # Whose tests speak for which operation.
 TESTS = {
     "log_likelihood": ("test_log_likelihood.py",),
-    "flow": ("test_flow_pack.py", "test_flow_triton.py", "test_flow_wide.py"),
+    "flow": ("test_flow_pack.py", "test_flow_triton.py", "test_flow_wide.py", "test_accelerate.py"),
     "spp_loss": ("test_spp_loss_triton.py",),
     "boundary": ("test_boundary_triton.py",),
     "score_map": ("test_score_map_triton.py",),

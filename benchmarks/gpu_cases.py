@@ -19,7 +19,7 @@ from roofline import flow_bytes, flow_flops
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fastbgad import reference
+from fastbgad import accelerate, positional_rows, reference
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.ops import PositionalRows, boundary, log_likelihood, score_map, spp_loss
@@ -27,6 +27,7 @@ from tests.flows import double, freia_flow
 
 EAGER, COMPILED, PORTABLE, KERNELS = "eager FrEIA", "compiled FrEIA", "fastbgad torch", "fastbgad triton"
 FREIA = "FrEIA 0.2 eager"
+DENSE, PLACES = "fastbgad accelerate, dense condition", "fastbgad accelerate, positional_rows"
 
 
 class SkippedError(Exception):
@@ -139,9 +140,21 @@ class Level:
         return self.flow(self.x, self.positions, impl=impl).log_likelihood
 
     def freia(self) -> Callable[[], Tensor]:
+        theirs = self._theirs()
+        return lambda: reference.log_likelihood(*theirs(self.x, [self.encoding]))
+
+    def accelerated(self, condition: Tensor) -> Callable[[], Tensor]:
+        """FrEIA's flow after `fastbgad.accelerate`, on the kernels, with float32 operands as that has it."""
+        theirs = accelerate(self._theirs(), impl="triton").eval()
+        return lambda: reference.log_likelihood(*theirs(self.x, [condition]))
+
+    def places(self) -> Tensor:
+        return positional_rows(self.positions.height, self.positions.width, device=self.x.device)
+
+    def _theirs(self) -> Any:
         theirs = freia_flow(self.flow.spec).float().to(self.x.device).requires_grad_(False)
         theirs.load_state_dict(self.flow.state_dict())
-        return lambda: reference.log_likelihood(*theirs(self.x, [self.encoding]))
+        return theirs
 
 
 def flow_case(name: str, sizes: Sequence[tuple[int, int]], depth: int, device: torch.device) -> Case:
@@ -158,6 +171,10 @@ def flow_case(name: str, sizes: Sequence[tuple[int, int]], depth: int, device: t
     def freia() -> Contender:
         _freia_installed()
         return of(*(level.freia() for level in levels))
+
+    def accelerated(condition: Callable[[Level], Tensor]) -> Contender:
+        _freia_installed()
+        return of(*(level.accelerated(condition(level)) for level in levels))
 
     def single() -> Contender:
         flows = [copy.deepcopy(level) for level in levels]
@@ -176,6 +193,8 @@ def flow_case(name: str, sizes: Sequence[tuple[int, int]], depth: int, device: t
         KERNELS: kernels,
         f"{KERNELS}, CUDA graph": lambda: _graph(kernels(), device),
         f"{KERNELS}, float32": single,
+        DENSE: lambda: accelerated(lambda level: level.encoding),
+        PLACES: lambda: accelerated(Level.places),
     }
     return Case(
         name, "flow", lambda: [level.exact() for level in levels], contenders, 5e-5,

@@ -117,7 +117,9 @@ def _float32_copy(model: BGAD, device: torch.device) -> BGAD:
     if config["name"] != "gabor":
         config |= {"weights": "random", "dtype": "float32"}  # the weights are overwritten below
     backbone = create_backbone(**config)
-    copy = BGAD(backbone, model.image_size, flow=model.flow_config, normalizer=model.normalizer, impl="torch")
+    copy = BGAD(
+        backbone, model.image_size, flow=model.flow_config, normalizer=model.normalizer, seed=None, impl="torch"
+    )
     copy.load_state_dict(model.state_dict())
     return copy.to(device).eval()
 

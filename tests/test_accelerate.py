@@ -14,20 +14,30 @@ import torch
 from torch import Tensor, nn
 
 import fastbgad
+from fastbgad.compat import acceleration
 from fastbgad.compat.acceleration import AcceleratedFlow
 from fastbgad.compat.bgad import FlowDecoder
 from fastbgad.errors import ConfigError, FeatureError, UnsupportedFlowError
 from fastbgad.flow_spec import FlowSpec
 
-from .flows import budget, freia_flow, relative_error, subnet
-from .freia_main import freia_main_flow
+from .flows import budget, freia_flow, relative_error, subnet, whole_error
+
+pytest.importorskip("FrEIA")
 
 HEIGHT, WIDTH = 3, 5
+
+
+@pytest.fixture(autouse=True)
+def _few_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accelerated way in every test, also where the original would be as quick."""
+    monkeypatch.setattr(acceleration, "FEWEST_TRAINING_ROWS", 0)
 
 
 def flow_of(kind: str, channels: int, condition: int, layers: int = 3, seed: int = 0) -> Any:
     """A flow in float64: 'soft', 'hard' (FrEIA 0.2), 'main soft', 'main hard' (FrEIA's main branch), 'anomalib'."""
     if kind.startswith("main"):
+        from .freia_main import freia_main_flow
+
         return freia_main_flow(channels, condition, layers, soft=kind == "main soft", seed=seed).double()
     if kind == "anomalib":
         from anomalib.models.image.cflow.utils import cflow_head
@@ -55,7 +65,9 @@ def error_of(found: Tensor, exact: Tensor, flow: Any) -> float:
     if exact.dim() == 2:
         return relative_error(found, exact)
     terms = flow.spec.clamp * flow.spec.active_channels * flow.spec.coupling_layers
-    return float((found.double() - exact.double()).abs().max() / max(terms, float(exact.abs().max())))
+    return float(
+        (found.detach().double() - exact.detach().double()).abs().max() / max(terms, float(exact.detach().abs().max()))
+    )
 
 
 def gradients(flow: nn.Module, x: Tensor, c: Any) -> list[Tensor]:
@@ -163,6 +175,31 @@ def test_positions_are_recognised() -> None:
                 assert relative_error(a.grad, b.grad) < budget(torch.float64, 500)
 
 
+@pytest.mark.equivalence
+@pytest.mark.parametrize("places", [False, True], ids=["dense", "places"])
+@pytest.mark.parametrize("kind", ["soft", "hard", "main soft"])
+def test_on_the_kernels(kind: str, places: bool, device: torch.device) -> None:
+    """The same through Triton's kernels, on a GPU or in the interpreter, with the float32 operands of `accelerate`."""
+    exact_flow = flow_of(kind, 6, 128, layers=2)
+    original = copy.deepcopy(exact_flow).float()
+    exact_flow.load_state_dict({name: t.to(exact_flow.state_dict()[name]) for name, t in original.state_dict().items()})
+    fast = fastbgad.accelerate(original.to(device), impl="triton")
+    area = HEIGHT * WIDTH
+    where = fastbgad.positional_rows(HEIGHT, WIDTH, torch.randperm(area, device=device))
+    x = torch.randn(area, 6, generator=torch.Generator().manual_seed(0))
+    exact = exact_flow(x.double(), [where.values().cpu().double()])
+    found = fast(x.to(device), [where if places else where.values()])
+    for value, truth in zip(found, exact, strict=True):
+        assert error_of(value.cpu(), truth, fast) < 2e-5
+    weight = torch.linspace(0.5, 1.5, area)
+    for flow, (z, log_det) in ((exact_flow, exact), (fast, found)):
+        flow.zero_grad()
+        (weight.to(z) * (z.square().sum(dim=1) - log_det)).mean().backward()
+    for a, b in zip(fast.parameters(), exact_flow.parameters(), strict=True):
+        if b.grad is not None:
+            assert whole_error(a.grad.cpu(), b.grad) < 1e-3
+
+
 def test_optimiser_and_checkpoint_go_on() -> None:
     """Twenty steps of Adam, accelerated half-way, end where those of the original end."""
     torch.manual_seed(0)
@@ -263,6 +300,26 @@ def test_a_trained_permutation_runs_the_original() -> None:
     assert flow.module_list[0].w_perm.grad is not None
     with torch.no_grad():
         assert torch.allclose(flow(x, c)[0], z)
+
+
+def test_training_calls_of_few_rows_run_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "FEWEST_TRAINING_ROWS", 8)
+    original = flow_of("soft", 5, 128)
+    fast, explicit = (fastbgad.accelerate(copy.deepcopy(original), impl=impl) for impl in ("auto", "torch"))
+    calls: list[nn.Module] = []
+    for flow in (fast, explicit):
+        flow.module_list[0].register_forward_hook(lambda block, *_: calls.append(block))
+    for rows, own in ((7, True), (8, False)):
+        x = inputs(5, 0, rows)[0]
+        where = fastbgad.positional_rows(HEIGHT, WIDTH, torch.arange(rows), dtype=torch.float64)
+        expected = original(x, [where.values()])
+        for flow in (fast, explicit):
+            calls.clear()
+            assert torch.allclose(flow(x, [where])[0], expected[0], rtol=1e-9)
+            assert calls == ([fast.module_list[0]] if own and flow is fast else [])
+            with torch.no_grad():
+                assert torch.allclose(flow(x, [where])[1], expected[1], rtol=1e-9)
+            assert len(calls) == int(own and flow is fast)
 
 
 def test_shared_weights() -> None:

@@ -21,8 +21,9 @@ from .reused_memory import Block
 
 # Activations are written to memory whatever the chunk, and larger chunks make fewer operations.
 LANE_ROWS = 512
-# Each has sums of its own for the gradients of the large weights.
+# Each has sums of its own for the gradients of the large weights, which must not outgrow what they are sums of.
 MOST_LANES = 8
+MOST_SUM_BYTES = 8 * 2**20  # per layer
 
 
 class Saved(NamedTuple):
@@ -65,7 +66,7 @@ class FlowFunction(torch.autograd.Function):
         chunk_rows: int | None,
         *weights: Tensor,  # the tensors of every layer, in the order of CouplingWeights
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, lanes = len(x), min(most_lanes(x.device), MOST_LANES)
+        rows, lanes = len(x), _lanes(spec, x)
         folded = fold_flow(unflatten(weights), spec, positions, x.dtype).layers
         bias = DenseBias(dense) if positions is None else GatheredBias(positions, rows, x.device)
         log_g = torch.stack([layer.log_g for layer in folded]).sum()
@@ -128,6 +129,15 @@ class FlowFunction(torch.autograd.Function):
             if d_x is not None:
                 d_x[here] = d_out.transpose(1, 2).reshape(-1, spec.channels)
         return d_x, d_dense, None, None, None, *gradients.unfold(unflatten(weights), d_det.sum(), ctx.positions)
+
+
+def _lanes(spec: FlowSpec, x: Tensor) -> int:
+    """As many lanes as are quick: 8 up to some 300 channels, 2 at 512, 1 beyond 700."""
+    lanes = min(most_lanes(x.device), MOST_LANES)
+    one = x.element_size() * spec.hidden_channels * (spec.passive_channels + 2 * spec.active_channels)
+    while lanes > 1 and lanes * one > MOST_SUM_BYTES:
+        lanes //= 2
+    return lanes
 
 
 def carry_keeping(
