@@ -5,12 +5,12 @@
 
 In the repository of CFLOW-AD (https://github.com/gudovskiy/cflow-ad) the changes are, in train.py:
 
-    - from model import load_decoder_arch, load_encoder_arch, positionalencoding2d, activation
-    + from model import load_decoder_arch, load_encoder_arch, activation
+    - from model import ..., positionalencoding2d
+    + from model import ...
     + from fastbgad.compat.bgad import positionalencoding2d
     + import fastbgad
 
-      decoders = [load_decoder_arch(c, pool_dim) for pool_dim in pool_dims]
+      decoders = ...                  # as before
     + decoders = [fastbgad.accelerate(decoder) for decoder in decoders]
 
 Weights are random here, so that nothing is downloaded: what counts is that the maps are the same, and the time.

@@ -5,13 +5,10 @@
 
 In the official repository (https://github.com/xcyao00/BGAD) the changes are, in engines/bgad_fas_train_engine.py:
 
-    - from models import positionalencoding2d, load_flow_model
-    - from losses import get_logp_boundary, calculate_bg_spp_loss, normal_fl_weighting, abnormal_fl_weighting
-    - from utils.utils import calculate_pro_metric, convert_to_anomaly_scores
-    - from utils import get_logp, load_weights, save_weights
-    + from fastbgad.compat.bgad import (abnormal_fl_weighting, calculate_bg_spp_loss, calculate_pro_metric,
-    +     convert_to_anomaly_scores, get_logp, get_logp_boundary, load_flow_model, load_weights, normal_fl_weighting,
-    +     positionalencoding2d, save_weights)
+    - from models import ...          # load_flow_model, positionalencoding2d
+    - from losses import ...          # get_logp_boundary, calculate_bg_spp_loss, the focal weightings
+    - from utils import ...           # get_logp, convert_to_anomaly_scores, save_weights
+    + from fastbgad.compat.bgad import ...      # the same names, see below
 
 Its `load_flow_model` then needs no FrEIA. Decoders of FrEIA's own become as fast with one more line (`--freia` here):
 
