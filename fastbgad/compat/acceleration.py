@@ -142,7 +142,8 @@ class AcceleratedState:
 
     def _matrix(self, index: Tensor, like: Tensor) -> Tensor:
         """The matrix of a permutation index, made once per index, device and type."""
-        key, state = (id(index), like.device, like.dtype), (index.data_ptr(), index._version)
+        version = 0 if index.is_inference() else index._version
+        key, state = (id(index), like.device, like.dtype), (index.data_ptr(), version)
         kept = self._matrices.get(key)
         if kept is None or kept[0] != state:
             kept = self._matrices[key] = state, permutation_matrix(index, like)
