@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import socket
 from typing import Any
@@ -395,12 +394,13 @@ def test_torch_compile_and_export() -> None:
     assert torch.allclose(exported.module()(x, [where.values()])[0], expected[0], atol=1e-6)
 
 
-def test_distributed_data_parallel() -> None:
+def test_distributed_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process (gloo): its hooks fire for every parameter, and the gradients are the original's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     try:
         original = flow_of("soft", 5, 8)
