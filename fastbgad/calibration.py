@@ -1,14 +1,16 @@
-"""Calibrates a detector that was not trained here: its constants from normal images alone."""
+"""What calibration needs: log-likelihoods of normal images, from their files or from features that were kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from .config import LossConfig
 from .data import Sample, stream_batches
 from .errors import DataError, FeatureError
+from .features import FeatureStore
 from .model import BGAD
 from .ops.boundary import check_boundary_options
 from .scoring import calibrate
@@ -55,3 +57,13 @@ def calibrate_model(
             "are those that the flows were trained with"
         )
     model.set_calibration(calibrate(levels, model.image_size, beta=beta, tau=tau, normalizer=model.normalizer))
+
+
+def stored_log_likelihoods(model: BGAD, store: FeatureStore, count: int, batch_size: int) -> list[Tensor]:
+    """Per level lp [count, h_l, w_l] of the first `count` images of a store, `batch_size` at a time."""
+    levels = []
+    for level, (channels, height, width) in enumerate(store.shapes):
+        slices = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        maps = [store.maps(level, part).view(-1, height, width, channels).permute(0, 3, 1, 2) for part in slices]
+        levels.append(torch.cat([model.flow(level).log_likelihood_map(part) for part in maps]))
+    return levels

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .files import atomic_path
+from .permutations import is_permutation_matrix, permutation_matrix
 
 Kind = Literal["bgad", "cflow-ad", "anomalib"]
 Permutation = Literal["rotation", "matrix", "index"]
@@ -115,8 +116,7 @@ def our_state(decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {}
     for key, tensor in decoder.items():
         if not tensor.is_floating_point():
-            # FrEIA computes x[:, p], that is out_i = v_{p_i}, and W_perm has its ones at [i, p_i].
-            tensor = torch.eye(len(tensor))[tensor.long()]
+            tensor = permutation_matrix(tensor, torch.float32)
         state[key] = tensor.float()
     return state
 
@@ -377,9 +377,7 @@ def _permutation(where: str, w_perm: Tensor, w_perm_inv: Tensor) -> Permutation:
         if not torch.equal(p.sort().values, every) or not torch.equal(p[inverse.clamp(0, len(p) - 1)], every):
             _refuse(where, "stores a permutation that is none, or an inverse that is not its own")
         return "index"
-    ones = w_perm == 1
-    hard = bool((ones.sum(0) == 1).all() and (ones.sum(1) == 1).all()) and bool((ones | (w_perm == 0)).all())
-    return "matrix" if hard else "rotation"
+    return "matrix" if is_permutation_matrix(w_perm) else "rotation"
 
 
 def _refuse(where: str, reason: str) -> NoReturn:

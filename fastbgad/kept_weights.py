@@ -14,6 +14,7 @@ from .ops.dispatch import compute_dtype, resolve_impl
 from .ops.flow import is_wide
 from .ops.flow_packed import PackedFlow
 from .ops.flow_tables import FoldedFlow, fold_flow
+from .tensor_state import TensorState, tensor_state
 
 # Of one flow. Each is as large as its weights; maps of two sizes in turn should not fold anew at every call.
 MOST_KEPT = 4
@@ -27,7 +28,7 @@ class KeptWeights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[tuple[tuple[int, int], ...], FlowPack | FoldedFlow | PackedFlow]] = {}
+        self._kept: dict[Any, tuple[TensorState, FlowPack | FoldedFlow | PackedFlow]] = {}
 
     def clear(self) -> None:
         self._kept.clear()
@@ -56,7 +57,7 @@ class KeptWeights:
             return None
         geometry, dtype = Geometry.of(condition, precision), compute_dtype(x)
         key = kind, geometry, dtype, x.device
-        state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        state = tensor_state(tensors)
         kept = self._kept.get(key)
         if kept is None or kept[0] != state:
             if kind == "triton":

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from .errors import FeatureError
 from .ops.positional import PositionalRows
 
-__all__ = ["PositionalEncoding", "positional_map", "positional_rows", "positions_of"]
+__all__ = ["PositionalEncoding", "positional_map", "positional_rows", "positions_of", "separable"]
 
 
 def positional_rows(
@@ -83,6 +83,13 @@ def positions_of(condition: Tensor) -> PositionalRows | None:
     height, width, channels = condition._map
     whole = condition._raster and len(places) % (height * width) == 0
     return PositionalRows(height, width, None if whole else places, channels)
+
+
+def separable(condition: Tensor) -> PositionalRows | Tensor:
+    """A condition as a flow takes it: what it says about places if it knows, else an ordinary tensor [N, P]."""
+    if not isinstance(condition, PositionalEncoding):
+        return condition
+    return positions_of(condition) or condition.values()
 
 
 class PositionalEncoding(Tensor):

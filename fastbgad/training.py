@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration import stored_log_likelihoods
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import AnomalySynthesis, AugmentedAnomalies, Split, stream_batches
@@ -27,6 +28,7 @@ from .errors import CheckpointError, ConfigError, DataError, FastBGADError, Feat
 from .features import FeatureStore, Placement, extract_into
 from .files import make_folder, write_json, write_text
 from .interrupt import interrupt_flag
+from .loss_record import COLUMNS, loss_row, mean_losses
 from .losses import training_loss
 from .model import BGAD
 from .ops import PositionalRows
@@ -37,12 +39,6 @@ STATE_FILE = "training.safetensors"
 MODEL_FILE = "model.safetensors"
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "config.json"
-
-# Columns of the running sums of a pass, per level: the terms of SppLoss, then how many chunks went into the losses
-# and how many into the boundaries (a chunk without a normal row has none).
-_LOSSES = ("total", "ml", "normal", "anomalous")
-_BOUNDARIES = ("b_n", "b_a")
-_COLUMNS = len(_LOSSES) + len(_BOUNDARIES) + 2
 
 Record = dict[str, float]
 
@@ -154,7 +150,7 @@ class TrainingRun:
         self.passes = config.schedule.meta_epochs * config.schedule.sub_epochs
         self.pass_index, self.batch_index = 0, 0
         self.history: list[Record] = []
-        self.sums = torch.zeros(len(model.flows), _COLUMNS, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(len(model.flows), COLUMNS, dtype=torch.float64, device=self.device)
         self.fresh_synthesis = -1
 
         # Slots of the feature store: normals, known anomalies as they are, then their synthesised variants.
@@ -273,23 +269,11 @@ class TrainingRun:
             self.optimizer.zero_grad(set_to_none=not self.config.schedule.adam_coasting)
             loss.total.backward()
             self.optimizer.step()
-            edges = torch.stack([loss.b_n, loss.b_a])
-            has_boundary = ~torch.isnan(edges[:1])
-            losses = torch.stack([getattr(loss, name).detach() for name in _LOSSES])
-            one = torch.ones_like(losses[:1])
-            self.sums[level] += torch.cat([losses, torch.where(has_boundary, edges, 0), one, has_boundary])
+            self.sums[level] += loss_row(loss)
 
     def _record(self, lr: float) -> Record:
         """The means of the pass so far; the only place that waits for the device."""
-        sums = self.sums.tolist()
-        chunks = sum(row[-2] for row in sums)
-        record: Record = {"pass": self.pass_index + 1, "lr": lr}
-        for name, column in (("loss", 0), ("loss_ml", 1), ("loss_n", 2), ("loss_a", 3)):
-            record[name] = sum(row[column] for row in sums) / chunks
-        for level, row in enumerate(sums):
-            record[f"b_n_{level}"] = row[4] / max(row[-1], 1)
-            record[f"b_a_{level}"] = row[5] / max(row[-1], 1)
-        return record
+        return {"pass": self.pass_index + 1, "lr": lr, **mean_losses(self.sums)}
 
     # ---------------------------------------------------------------- features
 
@@ -334,14 +318,8 @@ class TrainingRun:
     def _calibrate(self) -> None:
         """Log-likelihoods of all training normals, and from them the constants of the model."""
         count, size = len(self.split.normals), self.config.schedule.batch_size
-        levels = []
         with torch.inference_mode():
-            for level in range(len(self.model.flows)):
-                flow = self.model.flow(level)
-                channels, height, width = self.store.shapes[level]
-                maps = [self.store.maps(level, slice(i, min(i + size, count))) for i in range(0, count, size)]
-                lp = [flow.log_likelihood_map(m.view(-1, height, width, channels).permute(0, 3, 1, 2)) for m in maps]
-                levels.append(torch.cat(lp))
+            levels = stored_log_likelihoods(self.model, self.store, count, size)
             loss = self.config.loss
             self.model.set_calibration(
                 calibrate(levels, self.model.image_size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer)

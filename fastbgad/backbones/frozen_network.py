@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tensor_state import TensorState, tensor_state
+
 # In units of a result's largest value: rounding of folded weights, through all layers.
 TOLERANCE = 1e-3
 
@@ -116,11 +118,10 @@ class FrozenCopy:
 
     def forget(self) -> None:
         self.network: nn.Module | None = None
-        self._state: tuple[tuple[int, int], ...] = ()
+        self._state: TensorState = ()
 
     def of(self, net: nn.Module, images: Tensor) -> nn.Module:
-        tensors = [*net.parameters(), *net.buffers()]
-        state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        state = tensor_state((*net.parameters(), *net.buffers()))
         if state != self._state or self.network is None:
             self.network, self._state = frozen_network(net, images), state
         return self.network

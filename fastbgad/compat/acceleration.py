@@ -13,24 +13,26 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones.frozen_network import FrozenCopy
-from ..errors import ConfigError, FeatureError, UnsupportedFlowError
+from ..errors import FeatureError, UnsupportedFlowError
 from ..flow import ConditionalFlow
 from ..flow_spec import CouplingWeights, FlowSpec
 from ..kept_weights import KeptWeights
 from ..ops import FlowOutput, Impl, PositionalRows, Precision, flow_forward, flow_inverse
-from ..ops.dispatch import compute_dtype
-from ..positional import PositionalEncoding, positions_of
+from ..ops.dispatch import check_impl, check_precision, compute_dtype
+from ..permutations import permutation_matrix
+from ..positional import separable
 from ..reference.flow import global_affine_scale
+from ..tensor_state import TensorState, tensor_state
 from .bgad_flow import FlowDecoder
 from .cflow import AcceleratedCflow, check_cflow, looks_like_cflow
 from .class_swap import exporting, original_class, rebuild, swap, swap_back
-from .freia_blocks import looks_like_flow, permutation_matrix, read_flow, signature, weights_of
+from .freia_blocks import looks_like_flow, read_flow, signature, weights_of
 
 # Measured: on a CPU, a training call of fewer rows is no quicker here than in FrEIA's own operations, since folding the
 # weights costs the same whatever the number of rows.
@@ -66,10 +68,8 @@ def accelerate(module: _Module, *, impl: Impl = "auto", precision: Precision = "
             names the block and the reason. The module is then exactly as it was. Flows of fastbgad itself are fast
             already and stay as they are.
     """
-    if impl not in get_args(Impl):
-        raise ConfigError(f"impl is {impl!r}; choose one of {', '.join(get_args(Impl))}")
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(get_args(Precision))}")
+    check_impl(impl)
+    check_precision(precision)
     # everything is read before anything is changed
     flows, models, done = [], [], False
     for name, child in module.named_modules():
@@ -110,16 +110,16 @@ def restore(module: _Module) -> _Module:
 class AcceleratedState:
     """What an accelerated flow knows beside its parameters."""
 
+    spec: FlowSpec
+    condition: int | None
+
     def __init__(self, flow: nn.Module, name: str, impl: Impl, precision: Precision) -> None:
         self.name, self.impl, self.precision = name, impl, precision
         self.kept = KeptWeights()
-        self._matrices: dict[Any, tuple[Any, Tensor]] = {}
+        self._matrices: dict[Any, tuple[TensorState, Tensor]] = {}
         self._replaced: list[tuple[nn.Module, str, Any]] = []
         self._warned = False
         self.read(flow, flow.forward)
-
-    spec: FlowSpec
-    condition: int | None
 
     def read(self, flow: nn.Module, forward: Any) -> None:
         self.spec, self.condition = read_flow(flow, self.name, forward)
@@ -140,13 +140,12 @@ class AcceleratedState:
             x, layers, self.spec, condition, return_z=return_z, impl=self.impl, precision=self.precision, pack=pack
         )
 
-    def _matrix(self, index: Tensor, like: Tensor) -> Tensor:
+    def _matrix(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The matrix of a permutation index, made once per index, device and type."""
-        version = 0 if index.is_inference() else index._version
-        key, state = (id(index), like.device, like.dtype), (index.data_ptr(), version)
+        key, state = (id(index), index.device, dtype), tensor_state([index])
         kept = self._matrices.get(key)
         if kept is None or kept[0] != state:
-            kept = self._matrices[key] = state, permutation_matrix(index, like)
+            kept = self._matrices[key] = state, permutation_matrix(index, dtype)
         return kept[1]
 
     def make_picklable(self, flow: nn.Module) -> None:
@@ -258,9 +257,7 @@ class AcceleratedFlow(nn.Module):
         condition = c[at]
         if len(condition) != len(x):
             raise FeatureError(f"{len(x)} feature rows but a condition of {len(condition)}")
-        if not isinstance(condition, PositionalEncoding):
-            return condition
-        return positions_of(condition) or condition.values()
+        return separable(condition)
 
     def train(self, mode: bool = True) -> AcceleratedFlow:
         self._fastbgad.forget()

@@ -28,6 +28,7 @@ from ..backbones import create_backbone
 from ..config import AnomalyConfig, CellLabels, FlowConfig, LossConfig, Method, ScheduleConfig, TrainConfig
 from ..errors import ConfigError, FeatureError, MissingDependencyError
 from ..export_graph import ExportedDetector
+from ..loss_record import COLUMNS, loss_row, mean_losses
 from ..losses import training_loss
 from ..model import BGAD
 from ..ops import Impl, MlForm, PositionalRows, Reduction
@@ -41,7 +42,6 @@ from .anomalib_training import (
     batch_labels,
     check_trainer,
     divided,
-    mean_losses,
     only_resizes,
 )
 
@@ -117,24 +117,24 @@ class Bgad(AnomalibModule):
         pre_trained: bool = True,
         weights: str | None = None,
         backbone_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-        coupling_layers: int = 8,
-        condition_channels: int = 128,
-        clamp: float = 1.9,
+        coupling_layers: int = FlowConfig.coupling_layers,
+        condition_channels: int = FlowConfig.condition_channels,
+        clamp: float = FlowConfig.clamp,
         method: Method = "bgad",
-        beta: float = 0.01,
-        tau: float = 0.1,
-        lam: float = 1.0,
-        normalizer: float = 10.0,
-        ml_form: MlForm = "logsigmoid",
-        reduction: Reduction = "mean",
-        focal: bool = True,
-        lr: float = 2e-4,
-        lr_floor: float = 1e-3,
-        meta_epochs: int = 25,
-        warmup_epochs: int = 2,
-        chunk_rows: int = 4096,
-        cut_paste: int = 5,
-        cell_labels: CellLabels = "nearest",
+        beta: float = LossConfig.beta,
+        tau: float = LossConfig.tau,
+        lam: float = LossConfig.lam,
+        normalizer: float = LossConfig.normalizer,
+        ml_form: MlForm = LossConfig.ml_form,
+        reduction: Reduction = LossConfig.reduction,
+        focal: bool = LossConfig.focal,
+        lr: float = ScheduleConfig.lr,
+        lr_floor: float = ScheduleConfig.lr_floor,
+        meta_epochs: int = ScheduleConfig.meta_epochs,
+        warmup_epochs: int = ScheduleConfig.warmup_epochs,
+        chunk_rows: int = ScheduleConfig.chunk_rows,
+        cut_paste: int = AnomalyConfig.cut_paste,
+        cell_labels: CellLabels = AnomalyConfig.cell_labels,
         cache_features: bool = True,
         seed: int = 0,
         impl: Impl = "auto",
@@ -197,7 +197,7 @@ class Bgad(AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Begins the sums of this pass."""
-        self._sums = torch.zeros(len(self.model.detector.flows), 8, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(len(self.model.detector.flows), COLUMNS, dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor] | None:
         """A step of the optimiser for every chunk of patches of every level.
@@ -267,11 +267,7 @@ class Bgad(AnomalibModule):
             optimizer.zero_grad()
             self.manual_backward(loss.total)
             optimizer.step()
-            edges = torch.stack([loss.b_n, loss.b_a])
-            has_boundary = ~torch.isnan(edges[:1])
-            terms = torch.stack([loss.total, loss.ml, loss.normal, loss.anomalous]).detach()
-            one = torch.ones_like(terms[:1])
-            sums += torch.cat([terms, torch.where(has_boundary, edges, 0), one, has_boundary])
+            sums += loss_row(loss)
 
     def on_train_epoch_end(self) -> None:
         """Calibrates the scores, if validation did not cause it, and keeps the means of this pass."""

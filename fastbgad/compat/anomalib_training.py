@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import Compose, Resize
 
+from ..calibration import stored_log_likelihoods
 from ..config import ScheduleConfig, TrainConfig
 from ..data import AnomalySynthesis, AugmentedAnomalies, Sample
 from ..errors import ConfigError, DataError, FeatureError, MissingDependencyError
@@ -178,15 +179,7 @@ class TrainingFeatures:
         Raises:
             FeatureError: log-likelihoods that are not finite, as of a training run that diverged.
         """
-        levels = []
-        for level, (channels, height, width) in enumerate(self._store.shapes):
-            slices = [
-                slice(start, min(start + _IMAGES_AT_ONCE, self._normals))
-                for start in range(0, self._normals, _IMAGES_AT_ONCE)
-            ]
-            maps = [self._store.maps(level, part).view(-1, height, width, channels) for part in slices]
-            flow = self._detector.flow(level)
-            levels.append(torch.cat([flow.log_likelihood_map(part.permute(0, 3, 1, 2)) for part in maps]))
+        levels = stored_log_likelihoods(self._detector, self._store, self._normals, _IMAGES_AT_ONCE)
         if not all(bool(torch.isfinite(lp).all()) for lp in levels):
             raise FeatureError(
                 "the log-likelihoods of the training images are not finite: training diverged; lower the learning rate "
@@ -320,15 +313,3 @@ def divided(schedule: ScheduleConfig, max_epochs: int) -> ScheduleConfig:
     meta_epochs = math.ceil(max_epochs / sub_epochs)
     warmup = min(schedule.warmup_epochs, meta_epochs // 2)
     return replace(schedule, meta_epochs=meta_epochs, sub_epochs=sub_epochs, warmup_epochs=warmup)
-
-
-def mean_losses(sums: Tensor) -> dict[str, float]:
-    """The mean losses and boundaries of sums [levels, 8] over chunks: four losses, two boundaries, counts of both."""
-    rows = sums.tolist()
-    chunks = max(sum(row[6] for row in rows), 1)
-    names = ("loss", "loss_ml", "loss_n", "loss_a")
-    record = {name: sum(row[column] for row in rows) / chunks for column, name in enumerate(names)}
-    for level, row in enumerate(rows):
-        record[f"b_n_{level}"] = row[4] / max(row[7], 1)
-        record[f"b_a_{level}"] = row[5] / max(row[7], 1)
-    return record

@@ -32,7 +32,7 @@ from ..metrics import ArrayLike, official_pro
 from ..ops import boundary, log_likelihood, score_map
 from ..ops.boundary import check_boundary_options
 from ..ops.debug import debugging
-from ..ops.dispatch import compute_dtype
+from ..ops.dispatch import check_mask_rows, compute_dtype
 from ..positional import PositionalEncoding, positional_map
 from .bgad_checkpoint import load_weights, save_weights
 from .bgad_flow import FlowDecoder, conditional_flow_model, flow_model, load_flow_model, option
@@ -145,7 +145,7 @@ def get_logp_boundary(
 
     Source: Yao et al., CVPR 2023, "explicit boundary generating".
     """
-    _check_rows(logps, mask)
+    check_mask_rows(logps, mask)
     check_boundary_options(pos_beta, margin_tau, normalizer)
     lp, anomalous = logps.detach(), mask != 0
     on_host = lp.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -304,7 +304,7 @@ def _rows_of_loss(
     empty: Empty,
 ) -> Tensor:
     """Checks the arguments of a loss; returns u = logps / normalizer."""
-    _check_rows(logps, mask)
+    check_mask_rows(logps, mask)
     if weights is not None and weights.shape != logps.shape:
         raise FeatureError(f"weights must be [{len(logps)}], one per row, not {tuple(weights.shape)}")
     if len(boundaries) != 2 or any(isinstance(b, Tensor) and b.numel() != 1 for b in boundaries):
@@ -318,15 +318,6 @@ def _normalized(logps: Tensor, normalizer: float) -> Tensor:
     if not normalizer > 0:
         raise ConfigError(f"normalizer is {normalizer}; it must be positive")
     return logps / normalizer
-
-
-def _check_rows(logps: Tensor, mask: Tensor) -> None:
-    if logps.dim() != 1 or mask.shape != logps.shape:
-        raise FeatureError(
-            f"log-likelihoods and mask must both be [N], not {tuple(logps.shape)} and {tuple(mask.shape)}"
-        )
-    if mask.device != logps.device:
-        raise FeatureError(f"log-likelihoods are on {logps.device} but the mask is on {mask.device}")
 
 
 def _check_values(lp: Tensor, mask: Tensor, anomalous: Tensor) -> None:

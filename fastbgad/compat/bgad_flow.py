@@ -12,7 +12,7 @@ from ..errors import ConfigError, FeatureError
 from ..flow import ConditionalFlow
 from ..flow_spec import FlowSpec
 from ..ops import Impl, PositionalRows, Precision
-from ..positional import PositionalEncoding, positions_of
+from ..positional import separable
 
 
 class FlowDecoder(nn.Module):
@@ -82,10 +82,7 @@ class FlowDecoder(nn.Module):
         condition = c[0]
         if isinstance(condition, PositionalRows):
             return condition
-        if isinstance(condition, PositionalEncoding):
-            places = positions_of(condition)
-            return condition.values() if places is None else places
-        return condition
+        return separable(condition)
 
     def extra_repr(self) -> str:
         return repr(self.flow.spec)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..errors import ConfigError, UnsupportedFlowError
 from ..flow_spec import ClampForm, CouplingWeights, FlowSpec, GlobalAffine
+from ..permutations import is_permutation_matrix, permutation_matrix
 
 PROBE_ROWS = 5
 # How far the flow may be from the oracle on the probe, in units of the oracle's root mean square: room for rounding
@@ -84,8 +85,8 @@ def signature(flow: nn.Module) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def weights_of(flow: nn.Module, matrix: Callable[[Tensor, Tensor], Tensor]) -> list[CouplingWeights]:
-    """The tensors of every block; `matrix(index, like)` makes the matrix of a permutation that is kept as an index."""
+def weights_of(flow: nn.Module, matrix: Callable[[Tensor, torch.dtype], Tensor]) -> list[CouplingWeights]:
+    """The tensors of every block; `matrix(index, dtype)` makes the matrix of a permutation that is kept as an index."""
     layers = []
     for block in cast(Any, flow.module_list):
         first, _, second = block.subnet
@@ -93,15 +94,10 @@ def weights_of(flow: nn.Module, matrix: Callable[[Tensor, Tensor], Tensor]) -> l
         layers.append(
             CouplingWeights(
                 first.weight, first.bias, second.weight, second.bias, block.global_scale.squeeze(0),
-                block.global_offset.squeeze(0), w_perm if w_perm.dim() == 2 else matrix(w_perm, first.weight),
+                block.global_offset.squeeze(0), w_perm if w_perm.dim() == 2 else matrix(w_perm, first.weight.dtype),
             )
         )  # fmt: skip
     return layers
-
-
-def permutation_matrix(index: Tensor, like: Tensor) -> Tensor:
-    """W [C, C] with (W v)[i] = v[index[i]]."""
-    return torch.nn.functional.one_hot(index.detach(), len(index)).to(like.dtype)
 
 
 def _read_block(block: Any, coupling_layers: int, name: str) -> FlowSpec:
@@ -138,7 +134,7 @@ def _read_block(block: Any, coupling_layers: int, name: str) -> FlowSpec:
             clamp=float(block.clamp),
             clamp_form=_clamp_form(block),
             global_affine=_global_affine(block),
-            hard_permutation=_is_hard(block.w_perm),
+            hard_permutation=block.w_perm.dim() == 1 or is_permutation_matrix(block.w_perm),
         )
     except (ConfigError, _UnknownFormError) as reason:
         raise unsupported(str(reason)) from None
@@ -176,14 +172,6 @@ def _global_affine(block: Any) -> GlobalAffine:
         if torch.allclose(g, reference.flow.global_affine_scale(parameter, kind), rtol=1e-9, atol=0):
             return cast(GlobalAffine, kind)
     raise _UnknownFormError(f"its global scale is activated by none of {', '.join(get_args(GlobalAffine))}")
-
-
-def _is_hard(w_perm: Tensor) -> bool:
-    """Whether a permutation moves whole channels: an index [C], or a matrix of zeros and ones."""
-    if w_perm.dim() == 1:
-        return True
-    ones = w_perm == 1
-    return bool((ones | (w_perm == 0)).all() and (ones.sum(0) == 1).all() and (ones.sum(1) == 1).all())
 
 
 def _is_orthogonal(w: Tensor, inverse: Tensor) -> bool:

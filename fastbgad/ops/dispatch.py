@@ -34,8 +34,7 @@ def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "refere
         ConfigError: an unknown name.
         BackendError: "triton" for tensors that the kernels cannot take here.
     """
-    if impl not in get_args(Impl):
-        raise ConfigError(f"impl is {impl!r}; choose one of {', '.join(get_args(Impl))}")
+    check_impl(impl)
     if impl == "auto":
         return "triton" if like.device.type == "cuda" and why_not_triton(like) is None else "torch"
     if impl == "triton":
@@ -43,6 +42,18 @@ def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "refere
         if obstacle is not None:
             raise BackendError(f'impl="triton": {obstacle}; use impl="torch" or "auto"')
     return impl
+
+
+def check_impl(impl: str) -> None:
+    """Raises `ConfigError` for an unknown implementation."""
+    if impl not in get_args(Impl):
+        raise ConfigError(f"impl is {impl!r}; choose one of {', '.join(get_args(Impl))}")
+
+
+def check_precision(precision: str) -> None:
+    """Raises `ConfigError` for an unknown type of operands."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(get_args(Precision))}")
 
 
 def why_not_triton(like: Tensor) -> str | None:
@@ -78,11 +89,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def check_mask(lp: Tensor, anomalous: Tensor) -> None:
     """Raises `FeatureError` unless `anomalous` is a bool tensor of lp's one-dimensional shape, on lp's device."""
-    if lp.dim() != 1 or anomalous.shape != lp.shape:
-        raise FeatureError(
-            f"log-likelihoods and mask must both be [N], not {tuple(lp.shape)} and {tuple(anomalous.shape)}"
-        )
+    check_mask_rows(lp, anomalous)
     if anomalous.dtype != torch.bool:
         raise FeatureError(f"the mask must be bool (True: anomalous), not {anomalous.dtype}")
-    if anomalous.device != lp.device:
-        raise FeatureError(f"log-likelihoods are on {lp.device} but the mask is on {anomalous.device}")
+
+
+def check_mask_rows(lp: Tensor, mask: Tensor) -> None:
+    """Raises `FeatureError` unless a mask of any type has lp's one-dimensional shape and lies on lp's device."""
+    if lp.dim() != 1 or mask.shape != lp.shape:
+        raise FeatureError(f"log-likelihoods and mask must both be [N], not {tuple(lp.shape)} and {tuple(mask.shape)}")
+    if mask.device != lp.device:
+        raise FeatureError(f"log-likelihoods are on {lp.device} but the mask is on {mask.device}")

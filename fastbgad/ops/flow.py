@@ -8,7 +8,7 @@ weights are kept. Kernels: `flow_triton` for up to 256 channels, whose rows stay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..flow_spec import CouplingWeights, FlowSpec
 from ..kernels.flow_weights import MOST_CHANNELS, most_channels_with_gradients
 from . import flow_packed, flow_torch, flow_torch_training, flow_triton, flow_wide
 from .debug import check_values, debugging
-from .dispatch import Impl, Precision, compute_dtype, resolve_impl
+from .dispatch import Impl, Precision, check_precision, compute_dtype, resolve_impl
 from .flow_packed import PackedFlow
 from .flow_tables import FoldedFlow, fold_flow
 from .flow_triton import FlowPack, Geometry, pack_flow
@@ -86,8 +86,7 @@ def flow_forward(
     _check(x, layers, spec, condition, rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ConfigError(f"chunk_rows is {chunk_rows}; it must be at least 1")
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(get_args(Precision))}")
+    check_precision(precision)
     if debugging():
         check_values(x, layers, condition, rows)
     dtype = compute_dtype(x)

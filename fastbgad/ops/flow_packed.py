@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..flow_spec import CouplingWeights, FlowSpec
-from .flow_tables import Bias, Chunk, DenseBias, Folded, GatheredBias, RasterBias, fold_flow, map_size
+from .flow_tables import Bias, Chunk, Folded, fold_flow, hidden_bias_of, map_size
 from .log_likelihood import log_likelihood_of_norm
 from .positional import PositionalRows
 from .reused_memory import Block
@@ -107,13 +107,7 @@ def infer(
     return_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """lp [N], log_det [N] and z [N, C] if asked; see `flow_torch.infer`."""
-    bias: Bias
-    if positions is None:
-        bias = DenseBias(dense)
-    elif positions.index is None:
-        bias = RasterBias(positions)
-    else:
-        bias = GatheredBias(positions, len(x), x.device)
+    bias = hidden_bias_of(positions, dense, x)
     log_g = torch.stack([layer.folded.log_g for layer in flow.layers]).sum()
     lp, log_det = x.new_empty(len(x)), x.new_empty(len(x))
     z = torch.empty_like(x) if return_z else None

@@ -275,3 +275,12 @@ class DenseBias:
 
 
 Bias = RasterBias | GatheredBias | DenseBias
+
+
+def hidden_bias_of(positions: PositionalRows | None, dense: Tensor | None, x: Tensor) -> Bias:
+    """Where the hidden biases of the rows of x [N, C] come from, for inference."""
+    if positions is None:
+        return DenseBias(dense)
+    if positions.index is None:
+        return RasterBias(positions)
+    return GatheredBias(positions, len(x), x.device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..flow_spec import CouplingWeights, FlowSpec
-from .flow_tables import Bias, Chunk, DenseBias, Folded, FoldedFlow, GatheredBias, RasterBias
+from .flow_tables import Chunk, Folded, FoldedFlow, hidden_bias_of
 from .log_likelihood import log_likelihood_of_norm
 from .positional import PositionalRows
 from .reused_memory import Block
@@ -49,13 +49,7 @@ def infer(
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """lp [N], log_det [N] and z [N, C] if asked, holding the activations of one chunk of rows at a time."""
-    bias: Bias
-    if positions is None:
-        bias = DenseBias(dense)
-    elif positions.index is None:
-        bias = RasterBias(positions)
-    else:
-        bias = GatheredBias(positions, len(x), x.device)
+    bias = hidden_bias_of(positions, dense, x)
     lanes = most_lanes(x.device)
     log_g = torch.stack([layer.log_g for layer in flow.layers]).sum()
     lp, log_det = x.new_empty(len(x)), x.new_empty(len(x))
