@@ -106,7 +106,8 @@ def test_floors_stand_in_loudly(folder: Path, capsys: pytest.CaptureFixture[str]
     assert check.load_baseline("here", floors=True) == {"flow": stored(1.5)}
     assert "NO BASELINE for here" in capsys.readouterr().out
     write(folder / "here.json", "here", flow=stored(4.0))
-    assert check.load_baseline("here", floors=True) == {"flow": stored(4.0)}
+    assert check.load_baseline("here", floors=True) == {"flow": {**stored(4.0), "band": check.SHARED_MACHINE_BAND}}
+    assert check.load_baseline("here", floors=False) == {"flow": stored(4.0)}
 
 
 def test_a_baseline_of_another_machine_is_refused(folder: Path) -> None:
