@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastbgad import reference
+from fastbgad.errors import ConfigError
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.ops import PositionalRows, flow_forward, reused_memory
 from fastbgad.ops.flow_tables import FEWEST_LANE_ROWS, Chunk, RasterBias, row_chunks
@@ -172,3 +174,53 @@ def test_frozen_flow_keeps_its_folded_weights() -> None:
     assert relative_error(other, flow(x.double(), PositionalRows(20, 15, channels=16), impl="reference")[0]) < 1e-4
     wide = flow(x.double(), positions, impl="torch").log_likelihood
     assert relative_error(wide, exact) < budget(torch.float64, 3 * SPEC.coupling_layers)
+
+
+@pytest.mark.parametrize("kind", ["few places", "many places", "dense", "none"])
+@pytest.mark.parametrize("rows", [1, 1023, 4096])
+def test_bfloat16_products_of_a_training_step(rows: int, kind: str) -> None:
+    """Within the rounding of bfloat16 of float64; everything that is not a product of the subnets stays float32."""
+    torch.manual_seed(rows)
+    condition: PositionalRows | Tensor | None = None
+    spec = SPEC if kind != "none" else replace(SPEC, condition_channels=0)
+    if kind == "few places":
+        condition = PositionalRows(13, 17, torch.randint(0, 13 * 17, (rows,)), channels=16)
+    elif kind == "many places":
+        condition = PositionalRows(90, 100, torch.randint(0, 9000, (rows,)), channels=16)
+    elif kind == "dense":
+        condition = torch.randn(rows, 16, requires_grad=True)
+    layers = lively_flow(spec).weights()
+    x = torch.randn(rows, spec.channels, requires_grad=True)
+    exact_layers, exact_x, exact_condition = double(layers), x.detach().double().requires_grad_(), condition
+    leaves, exact_leaves = [x], [exact_x]
+    for layer, exact_layer in zip(layers, exact_layers, strict=True):
+        leaves += [tensor for tensor in layer if tensor.requires_grad]
+        exact_leaves += [tensor for tensor in exact_layer if tensor.requires_grad]
+    if isinstance(condition, Tensor):
+        exact_condition = condition.detach().double().requires_grad_()
+        leaves, exact_leaves = [*leaves, condition], [*exact_leaves, exact_condition]
+    out = flow_forward(x, layers, spec, condition, return_z=True, impl="torch", precision="bfloat16")
+    assert out.log_likelihood.dtype == out.log_det.dtype == torch.float32
+    found = torch.autograd.grad(out.log_likelihood.mean(), leaves)
+    exact = flow_forward(exact_x, exact_layers, spec, exact_condition, return_z=True, impl="reference")
+    expected = torch.autograd.grad(exact.log_likelihood.mean(), exact_leaves)
+    # eps(bfloat16) = 2^-8; a product of two rounded operands, a sum that is rounded again, through three layers
+    assert whole_error(out.log_likelihood, exact.log_likelihood) < 0.5 * 2**-8
+    # ReLU flips where a hidden unit is near zero, which is what is left beyond rounding
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert whole_error(ours, theirs) < 12 * 2**-8
+    # and it is not float32 in disguise
+    exactly = flow_forward(x, layers, spec, condition, impl="torch")
+    assert not torch.equal(exactly.log_likelihood, out.log_likelihood)
+    # without gradients nothing is rounded
+    with torch.no_grad():
+        inferred = flow_forward(x, layers, spec, condition, impl="torch", precision="bfloat16")
+        usual = flow_forward(x, layers, spec, condition, impl="torch")
+    assert torch.equal(inferred.log_likelihood, usual.log_likelihood)
+
+
+def test_the_kernels_have_no_bfloat16() -> None:
+    flow = lively_flow(SPEC)
+    with pytest.raises(ConfigError, match="use precision float16 or float32"):
+        flow_forward(torch.randn(4, 9), flow.weights(), SPEC, torch.randn(4, 16), impl="triton", precision="bfloat16")

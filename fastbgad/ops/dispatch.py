@@ -17,8 +17,9 @@ from torch import Tensor
 from ..errors import BackendError, ConfigError, FeatureError
 
 Impl = Literal["auto", "torch", "triton", "reference"]
-# The type of the operands of the kernels' matrix products; sums and everything else are float32.
-Precision = Literal["float16", "float32"]
+# The type of the operands of matrix products; sums and everything else are float32. The kernels take float16 or
+# float32; the portable path float32 for both, and bfloat16 in the subnets' products of a training step.
+Precision = Literal["float16", "float32", "bfloat16"]
 
 # Whether the package is there; looking does not import it.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None

@@ -65,7 +65,9 @@ def flow_forward(
         impl: "auto", "torch", "triton" or "reference".
         chunk_rows: rows that go through the layers together (impl "torch"); None chooses by the cache.
         precision: operands of the kernels' matrix products (impl "triton"): "float16" with float32 accumulation and an
-            accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32".
+            accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32". On the portable path
+            both mean float32. "bfloat16" is for training on CPUs with bfloat16 instructions: the subnets' products of a
+            call that needs gradients take bfloat16 operands there; without gradients it means float32.
         recompute: whether the kernels' backward computes activations again instead of keeping them; None does so for
             a million rows, not for a training step.
         pack: the same weights prepared before, by `pack_flow` for inference with the kernels, by `fold_flow` or
@@ -87,6 +89,10 @@ def flow_forward(
     if chunk_rows is not None and chunk_rows < 1:
         raise ConfigError(f"chunk_rows is {chunk_rows}; it must be at least 1")
     check_precision(precision)
+    if kind == "triton" and precision == "bfloat16":
+        raise ConfigError(
+            "the kernels have no bfloat16 (its errors are ten times float16's); use precision float16 or float32"
+        )
     if debugging():
         check_values(x, layers, condition, rows)
     dtype = compute_dtype(x)
@@ -104,7 +110,7 @@ def flow_forward(
         kind = "torch"
     # The kernels gather rows by themselves, except where x needs a gradient, wide flows and the other implementations.
     if rows is not None and (kind != "triton" or wide or x.requires_grad):
-        x, condition, rows = x[rows.long()], _gathered(condition, rows), None
+        x, condition, rows = x.index_select(0, rows), _gathered(condition, rows), None
     with torch.autocast(x.device.type, enabled=False):
         if kind == "triton":
             if wide:
@@ -128,8 +134,9 @@ def flow_forward(
             z, log_det = reference.flow_forward(x, [_cast(layer, dtype) for layer in layers], spec, dense)
             return FlowOutput(reference.log_likelihood(z, log_det), log_det, z if return_z else None)
         if needs_grad:
+            operands = torch.bfloat16 if precision == "bfloat16" and dtype == torch.float32 else dtype
             lp, log_det, latent = flow_torch_training.FlowFunction.apply(
-                x, dense, positions, spec, chunk_rows, *weights
+                x, dense, positions, spec, chunk_rows, operands, *weights
             )
             return FlowOutput(lp, log_det, latent if return_z else None)
         if isinstance(pack, PackedFlow) and pack.serves(positions, dtype) and chunk_rows is None:

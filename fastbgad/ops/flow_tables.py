@@ -225,12 +225,13 @@ class GatheredBias:
         place, rows = self.place[chunk.start : chunk.stop], hidden.view(-1, hidden.shape[-1])
         columns, lines = layer.tables.split([self.width, self.height])
         if self.by_place:
-            block = Block(self.height * self.width * rows.shape[1], hidden)
+            block = Block(self.height * self.width * rows.shape[1], columns)
             table = block.view(self.height, self.width, rows.shape[1])
             torch.add(columns, lines[:, None], out=table)
-            torch.index_select(table.flatten(0, 1), 0, place, out=rows)
+            torch.index_select(table.flatten(0, 1).to(rows.dtype), 0, place, out=rows)
         else:
             block = Block(rows.numel(), hidden)
+            columns, lines = columns.to(rows.dtype), lines.to(rows.dtype)
             torch.index_select(columns, 0, place % self.width, out=rows)
             rows += torch.index_select(lines, 0, place // self.width, out=block.view(*rows.shape))
 
@@ -239,10 +240,8 @@ class GatheredBias:
 
         A stable sort, so that the sums are taken in one order and the same seed gives the same bits.
         """
-        used, pieces = self.place[chunk.start : chunk.stop], self.height * self.width
-        if not self.by_place:
-            used = torch.cat([used % self.width, used // self.width + self.width])
-            pieces = self.width + self.height
+        place, pieces = self.place[chunk.start : chunk.stop], self.width + self.height
+        used = torch.cat([place % self.width, place // self.width + self.width])
         order = torch.argsort(used, stable=True)
         counts = torch.bincount(used, minlength=pieces)
         return order % (chunk.stop - chunk.start), torch.cumsum(counts, 0) - counts
@@ -250,11 +249,7 @@ class GatheredBias:
     def sum_segments(self, d_hidden: Tensor, segments: tuple[Tensor, Tensor]) -> Tensor:
         """The gradient of the tables [width + height, H] from that of the rows [L * n, H]."""
         rows, offsets = segments
-        sums = embedding_bag(rows, d_hidden, offsets, mode="sum")
-        if not self.by_place:
-            return sums
-        sums = sums.view(self.height, self.width, -1)
-        return torch.cat([sums.sum(dim=0), sums.sum(dim=1)])
+        return embedding_bag(rows, d_hidden, offsets, mode="sum")
 
 
 class DenseBias:

@@ -2,6 +2,9 @@
 
 The arithmetic and the lanes of the forward are those of `flow_torch`. Gradients of weights are summed per lane, and the
 lanes' sums are added in order: the same number of threads gives the same bits.
+
+With `operands` of another type (bfloat16) the hidden activations and the operands of the subnets' products are of that
+type; the state, the permutation, log_det and every sum over rows and layers stay as they are.
 """
 
 from __future__ import annotations
@@ -27,30 +30,35 @@ MOST_SUM_BYTES = 8 * 2**20  # per layer
 
 
 class Saved(NamedTuple):
-    """What one layer keeps of one chunk of L lanes of n rows for its backward: views of one block of memory."""
+    """What one layer keeps of one chunk of L lanes of n rows for its backward: views of two blocks of memory."""
 
     y: Tensor  # [L, C, n], [x1, x2 exp(s) + a_t]
     x2: Tensor  # [L, C2, n]
     sigmoid: Tensor  # [L, C2, n], of twice the pre-activation: s = clamp (2 sigmoid - 1)
     scale: Tensor  # [L, C2, n], exp(s)
-    hidden: Tensor  # [L, n, H], after the ReLU
+    hidden: Tensor  # [L, n, H], after the ReLU, of the operands' type
 
     @staticmethod
     def elements_per_row(spec: FlowSpec) -> int:
-        return spec.channels + 3 * spec.active_channels + spec.hidden_channels
+        """Of all but `hidden`."""
+        return spec.channels + 3 * spec.active_channels
 
     @staticmethod
-    def of(block: Tensor, chunk: Chunk, spec: FlowSpec) -> list[Saved]:
-        """The views of every layer; chunk after chunk and layer after layer lie side by side in `block`."""
-        rows, c2, h = chunk.stop - chunk.start, spec.active_channels, spec.hidden_channels
-        layer = rows * Saved.elements_per_row(spec)
-        first = chunk.start * Saved.elements_per_row(spec) * spec.coupling_layers
-        layers = []
-        for at in range(first, first + layer * spec.coupling_layers, layer):
-            parts = block[at : at + layer].split([rows * height for height in (spec.channels, c2, c2, c2, h)])
-            y, x2, sigmoid, scale = (part.view(chunk.lanes, -1, chunk.lane_rows) for part in parts[:4])
-            layers.append(Saved(y, x2, sigmoid, scale, hidden=parts[4].view(chunk.lanes, -1, h)))
-        return layers
+    def of(state: Tensor, hidden: Tensor, chunk: Chunk, spec: FlowSpec) -> list[Saved]:
+        """The views of every layer; chunk after chunk and layer after layer lie side by side in both blocks."""
+        rows, c2, layers = chunk.stop - chunk.start, spec.active_channels, spec.coupling_layers
+
+        def by_layer(block: Tensor, per_row: int) -> Sequence[Tensor]:
+            start = chunk.start * per_row * layers
+            return block[start : start + rows * per_row * layers].split(rows * per_row)
+
+        found = []
+        states = by_layer(state, Saved.elements_per_row(spec))
+        for part, own in zip(states, by_layer(hidden, spec.hidden_channels), strict=True):
+            pieces = part.split([rows * height for height in (spec.channels, c2, c2, c2)])
+            y, x2, sigmoid, scale = (piece.view(chunk.lanes, -1, chunk.lane_rows) for piece in pieces)
+            found.append(Saved(y, x2, sigmoid, scale, own.view(chunk.lanes, -1, spec.hidden_channels)))
+        return found
 
 
 class FlowFunction(torch.autograd.Function):
@@ -64,18 +72,23 @@ class FlowFunction(torch.autograd.Function):
         positions: PositionalRows | None,
         spec: FlowSpec,
         chunk_rows: int | None,
+        operands: torch.dtype,  # of the subnets' products
         *weights: Tensor,  # the tensors of every layer, in the order of CouplingWeights
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, lanes = len(x), _lanes(spec, x)
         folded = fold_flow(unflatten(weights), spec, positions, x.dtype).layers
+        if operands != x.dtype:
+            folded = [with_operands(layer, operands) for layer in folded]
+            dense = None if dense is None else dense.to(operands)
         bias = DenseBias(dense) if positions is None else GatheredBias(positions, rows, x.device)
         log_g = torch.stack([layer.log_g for layer in folded]).sum()
         z, lp, log_det = torch.empty_like(x), x.new_empty(rows), x.new_empty(rows)
         chunks = list(bias.chunks(rows, chunk_rows or lanes * LANE_ROWS, lanes))
-        block = Block(rows * spec.coupling_layers * Saved.elements_per_row(spec), x)
+        state = Block(rows * spec.coupling_layers * Saved.elements_per_row(spec), x)
+        hidden = Block(rows * spec.coupling_layers * spec.hidden_channels, x, operands)
         for chunk in chunks:
             here = slice(chunk.start, chunk.stop)
-            layers = Saved.of(block.tensor, chunk, spec)
+            layers = Saved.of(state.tensor, hidden.tensor, chunk, spec)
             latent = x.new_empty(layers[0].y.shape)
             states = [*(kept.y for kept in layers), latent]
             states[0].transpose(1, 2).copy_(x[here].view(chunk.lanes, -1, spec.channels))
@@ -87,8 +100,8 @@ class FlowFunction(torch.autograd.Function):
             scale_sum = sigmoid_sum.mul_(2 * spec.clamp).sub_(spec.clamp * spec.active_channels * len(folded))
             z[here], log_det[here] = latent.transpose(1, 2).reshape(-1, spec.channels), scale_sum.add_(log_g)
             lp[here] = portable_log_likelihood(z[here], log_det[here])
-        ctx.save_for_backward(z, block.tensor, *weights)
-        ctx.block = block  # its memory is used again once this step's graph is gone
+        ctx.save_for_backward(z, state.tensor, hidden.tensor, *weights)
+        ctx.blocks = state, hidden  # whose memory is used again once this step's graph is gone
         ctx.spec, ctx.bias, ctx.chunks, ctx.positions, ctx.folded = spec, bias, chunks, positions, folded
         ctx.set_materialize_grads(False)
         return lp, log_det, z
@@ -98,9 +111,9 @@ class FlowFunction(torch.autograd.Function):
     def backward(ctx: Any, d_lp: Tensor | None, d_log_det: Tensor | None, d_z: Tensor | None) -> tuple[Any, ...]:
         spec: FlowSpec = ctx.spec
         folded: list[Folded] = ctx.folded
-        z, block, *weights = ctx.saved_tensors
+        z, state, hidden, *weights = ctx.saved_tensors
         d_x = torch.empty_like(z) if ctx.needs_input_grad[0] else None
-        d_dense = z.new_zeros(len(z), spec.condition_channels) if ctx.needs_input_grad[1] else None
+        d_dense = hidden.new_zeros(len(z), spec.condition_channels) if ctx.needs_input_grad[1] else None
         d_det = z.new_zeros(len(z)) if d_log_det is None else d_log_det.clone()
         if d_lp is not None:
             d_det.add_(d_lp, alpha=1 / z.shape[1])
@@ -108,7 +121,7 @@ class FlowFunction(torch.autograd.Function):
         gradients = Gradients(folded, spec, lanes=ctx.chunks[0].lanes if ctx.chunks else 0)
         for chunk in ctx.chunks:
             here = slice(chunk.start, chunk.stop)
-            scratch = Scratch.of(chunk, spec, z)
+            scratch = Scratch.of(chunk, spec, z, hidden.dtype)
             d_out = torch.zeros_like(scratch.dy)
             d_latent = d_out.transpose(1, 2)  # [L, n, C]
             if d_z is not None:
@@ -118,7 +131,7 @@ class FlowFunction(torch.autograd.Function):
                 d_latent.addcmul_(z[here].view(d_latent.shape), share, value=-1 / spec.channels)
             d_scale = d_det[here].view(chunk.lanes, 1, -1)
             segments = ctx.bias.segments(chunk) if isinstance(ctx.bias, GatheredBias) else None
-            kept, beta = Saved.of(block, chunk, spec), int(chunk.start > 0)
+            kept, beta = Saved.of(state, hidden, chunk, spec), int(chunk.start > 0)
             for index in reversed(range(len(folded))):
                 dx = gradients.accumulate(index, d_out, d_scale, kept[index], scratch, beta)
                 gradients.accumulate_bias(index, chunk, ctx.bias, segments, scratch)
@@ -128,7 +141,9 @@ class FlowFunction(torch.autograd.Function):
                     d_dense[here].addmm_(scratch.d_hidden.view(-1, spec.hidden_channels), w1p.T)
             if d_x is not None:
                 d_x[here] = d_out.transpose(1, 2).reshape(-1, spec.channels)
-        return d_x, d_dense, None, None, None, *gradients.unfold(unflatten(weights), d_det.sum(), ctx.positions)
+        if d_dense is not None:
+            d_dense = d_dense.to(z.dtype)
+        return d_x, d_dense, None, None, None, None, *gradients.unfold(unflatten(weights), d_det.sum(), ctx.positions)
 
 
 def _lanes(spec: FlowSpec, x: Tensor) -> int:
@@ -140,6 +155,12 @@ def _lanes(spec: FlowSpec, x: Tensor) -> int:
     return lanes
 
 
+def with_operands(layer: Folded, operands: torch.dtype) -> Folded:
+    """The layer with what the subnet multiplies in another type; the tables' sums are rounded where they are used."""
+    names = ("w1x", "bias", "w1p", "w2")
+    return layer._replace(**{n: t.to(operands) for n in names if (t := getattr(layer, n)) is not None})
+
+
 def carry_keeping(
     layer: Folded,
     kept: Saved,  # holds the layer's input in y and the hidden bias in hidden; filled here
@@ -148,8 +169,9 @@ def carry_keeping(
 ) -> None:
     """One coupling layer of a training step."""
     c1, c2, lanes = spec.passive_channels, spec.active_channels, len(following)
-    kept.hidden.baddbmm_(kept.y[:, :c1].transpose(1, 2), layer.w1x.expand(lanes, -1, -1)).relu_()
-    a = torch.bmm(layer.w2.expand(lanes, -1, -1), kept.hidden.transpose(1, 2)).add_(layer.b2)
+    passive = kept.y[:, :c1].to(kept.hidden.dtype)
+    kept.hidden.baddbmm_(passive.transpose(1, 2), layer.w1x.expand(lanes, -1, -1)).relu_()
+    a = torch.bmm(layer.w2.expand(lanes, -1, -1), kept.hidden.transpose(1, 2)).to(kept.y.dtype).add_(layer.b2)
     torch.sigmoid(a[:, :c2], out=kept.sigmoid)
     torch.mul(kept.sigmoid, 2 * spec.clamp, out=kept.scale).sub_(spec.clamp).exp_()
     active = kept.y[:, c1:]
@@ -164,28 +186,38 @@ class Scratch(NamedTuple):
     dy: Tensor  # [L, C, n]
     product: Tensor  # [L, C, n]
     da: Tensor  # [L, 2 * C2, n]
-    d_hidden: Tensor  # [L, n, H], the gradient before the ReLU
+    d_hidden: Tensor  # [L, n, H], the gradient before the ReLU, of the operands' type
     block: Block  # whose memory d_hidden is
 
     @staticmethod
-    def of(chunk: Chunk, spec: FlowSpec, like: Tensor) -> Scratch:
+    def of(chunk: Chunk, spec: FlowSpec, like: Tensor, operands: torch.dtype) -> Scratch:
         lanes, rows = chunk.lanes, chunk.lane_rows
         dy, product = like.new_empty(2, lanes, spec.channels, rows).unbind()
-        block = Block(lanes * rows * spec.hidden_channels, like)
+        block = Block(lanes * rows * spec.hidden_channels, like, operands)
         d_hidden = block.view(lanes, rows, spec.hidden_channels)
         return Scratch(dy, product, like.new_empty(lanes, 2 * spec.active_channels, rows), d_hidden, block)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta * total + a b, batched; the sum is of total's type also where the operands are narrower."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b, beta=beta)
+    elif beta:
+        total += torch.bmm(a, b)
+    else:
+        total.copy_(torch.bmm(a, b))
 
 
 class Gradients:
     """Gradients of the folded weights of all layers, summed over chunks, then carried back to the layers' own."""
 
     def __init__(self, folded: Sequence[Folded], spec: FlowSpec, lanes: int) -> None:
-        first, layers, c = folded[0], len(folded), spec.channels
+        first, layers, c = folded[0], len(folded), spec.channels  # b2 is of the type of the sums
         self.spec, self.folded = spec, folded
-        new = first.b2.new_zeros
+        new, empty = first.b2.new_zeros, first.b2.new_empty
         # one sum per layer and lane; the first chunk has most lanes and overwrites what was there
-        self.w1x = first.b2.new_empty(layers, lanes, *first.w1x.shape)  # [.., .., C1, H]
-        self.w2 = first.b2.new_empty(layers, lanes, *first.w2.shape)  # [.., .., 2 * C2, H]
+        self.w1x = empty(layers, lanes, *first.w1x.shape)  # [.., .., C1, H]
+        self.w2 = empty(layers, lanes, *first.w2.shape)  # [.., .., 2 * C2, H]
         # one sum per layer
         self.b2 = new(layers, len(first.b2))
         self.y_sum, self.y_dot = new(layers, c), new(layers, c)  # sums over rows of dy and of dy * y
@@ -215,14 +247,14 @@ class Gradients:
         dx2 = dy2.mul_(kept.scale)
         torch.addcmul(d_scale, dx2, kept.x2, out=ds)
         torch.ops.aten.sigmoid_backward.grad_input(ds, kept.sigmoid, grad_input=ds).mul_(2 * self.spec.clamp)
-        self.w2[index, :lanes].baddbmm_(da, kept.hidden, beta=beta)
         self.b2[index] += da.sum(dim=(0, 2))
+        da = da.to(d_hidden.dtype)
+        _add_product(self.w2[index, :lanes], da, kept.hidden, beta)
 
         torch.bmm(da.transpose(1, 2), layer.w2.expand(lanes, -1, -1), out=d_hidden)
         torch.ops.aten.threshold_backward.grad_input(d_hidden, kept.hidden, 0, grad_input=d_hidden)
-        self.w1x[index, :lanes].baddbmm_(kept.y[:, :c1], d_hidden, beta=beta)
-        dx1 = product.view(-1)[: lanes * c1 * dy.shape[2]].view(lanes, c1, -1)
-        dy[:, :c1] += torch.bmm(layer.w1x.expand(lanes, -1, -1), d_hidden.transpose(1, 2), out=dx1)
+        _add_product(self.w1x[index, :lanes], kept.y[:, :c1].to(d_hidden.dtype), d_hidden, beta)
+        dy[:, :c1] += torch.bmm(layer.w1x.expand(lanes, -1, -1), d_hidden.transpose(1, 2))
         return dy
 
     def accumulate_bias(
@@ -233,11 +265,11 @@ class Gradients:
         if isinstance(bias, GatheredBias):
             assert segments is not None
             assert self.tables is not None
-            self.tables[index] += bias.sum_segments(d_hidden, segments)
+            self.tables[index] += bias.sum_segments(d_hidden, segments)  # each sum is rounded once
             return
-        self.bias[index] += d_hidden.sum(dim=0)
+        self.bias[index] += d_hidden.sum(dim=0, dtype=self.bias.dtype)
         if isinstance(bias, DenseBias) and bias.condition is not None and self.w1p is not None:
-            self.w1p[index].addmm_(bias.condition[chunk.start : chunk.stop].T, d_hidden)
+            self.w1p[index] += bias.condition[chunk.start : chunk.stop].T @ d_hidden
 
     def unfold(
         self,

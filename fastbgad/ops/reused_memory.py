@@ -23,11 +23,12 @@ _lock = threading.Lock()
 class Block:
     """A flat tensor of at least `numel` elements whose memory is used again once this object is gone."""
 
-    def __init__(self, numel: int, like: Tensor) -> None:
+    def __init__(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or like.dtype
         reused = like.device.type == "cpu" and type(like) is Tensor and not torch.compiler.is_compiling()
-        kept = _take(numel, like.dtype) if reused else None
+        kept = _take(numel, dtype) if reused else None
         with torch.inference_mode(False):  # what is used again must be writable outside of inference mode too
-            self.tensor = like.new_empty(numel) if kept is None else kept
+            self.tensor = like.new_empty(numel, dtype=dtype) if kept is None else kept
         if reused:
             weakref.finalize(self, _give_back, self.tensor).atexit = False
 
