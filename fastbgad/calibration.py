@@ -13,6 +13,7 @@ from .errors import DataError, FeatureError
 from .features import FeatureStore
 from .model import BGAD
 from .ops.boundary import check_boundary_options
+from .ops.dispatch import compute_dtype
 from .scoring import calibrate
 
 
@@ -59,11 +60,14 @@ def calibrate_model(
     model.set_calibration(calibrate(levels, model.image_size, beta=beta, tau=tau, normalizer=model.normalizer))
 
 
-def stored_log_likelihoods(model: BGAD, store: FeatureStore, count: int, batch_size: int) -> list[Tensor]:
-    """Per level lp [count, h_l, w_l] of the first `count` images of a store, `batch_size` at a time."""
+@torch.inference_mode()
+def stored_log_likelihoods(model: BGAD, store: FeatureStore, slots: Sequence[int], batch_size: int) -> list[Tensor]:
+    """Per level lp [n, h_l, w_l] of images whose features were kept, `batch_size` at a time."""
+    parts = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
+    dtype = compute_dtype(store.levels[0])
     levels = []
-    for level, (channels, height, width) in enumerate(store.shapes):
-        slices = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-        maps = [store.maps(level, part).view(-1, height, width, channels).permute(0, 3, 1, 2) for part in slices]
-        levels.append(torch.cat([model.flow(level).log_likelihood_map(part) for part in maps]))
+    for level, (_, height, width) in enumerate(store.shapes):
+        none = torch.empty(0, height, width, dtype=dtype, device=store.device)
+        maps = [model.flow(level).log_likelihood_map(store.maps(level, part)) for part in parts]
+        levels.append(torch.cat([none, *maps]))
     return levels

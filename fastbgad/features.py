@@ -53,7 +53,7 @@ class FeatureStore:
         dtype: torch.dtype | None = None,
         cell_labels: CellLabels = "nearest",
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self.slots = torch.device(device), slots
         self.cell_labels: CellLabels = cell_labels
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.shapes = backbone_shapes(backbone, image_size, self.device)
@@ -67,11 +67,12 @@ class FeatureStore:
             for part, (channels, height, width) in zip(flat.split(sizes), self.shapes, strict=True)
         ]
         self.masks = [
-            torch.zeros(slots, height * width, dtype=torch.bool, device=self._home) for _, height, width in self.shapes
+            torch.zeros(slots, height * width, dtype=torch.bool, device=self.home) for _, height, width in self.shapes
         ]
 
     @property
-    def _home(self) -> torch.device:
+    def home(self) -> torch.device:
+        """Where the features are."""
         return self.device if self.placement == "device" else torch.device("cpu")
 
     def _allocate(self, count: int, folder: str | Path | None) -> Tensor:
@@ -93,7 +94,7 @@ class FeatureStore:
                 ) from error
             return torch.from_file(name, shared=True, size=count, dtype=self.dtype)
         pinned = self.placement == "pinned"
-        return torch.empty(count, dtype=self.dtype, device=self._home, pin_memory=pinned)
+        return torch.empty(count, dtype=self.dtype, device=self.home, pin_memory=pinned)
 
     def close(self) -> None:
         """Removes the memory-mapped file, if there is one."""
@@ -108,16 +109,21 @@ class FeatureStore:
         masks: Tensor,  # [B, H, W] bool
     ) -> None:
         """Fills slots; raises `FeatureError` for features that are not finite (a flow would spread them silently)."""
-        index = torch.as_tensor(slots, device=self._home)
+        index = torch.as_tensor(slots, device=self.home)
         for level, (channels, height, width) in enumerate(self.shapes):
             rows = features[level].permute(0, 2, 3, 1).reshape(-1, height * width, channels)
             if not bool(torch.isfinite(rows).all()):
                 raise FeatureError(
                     f"features of level {level} contain NaN or Inf; check the backbone's weights and precision"
                 )
-            self.levels[level].index_copy_(0, index, rows.to(self._home, self.dtype))
+            self.levels[level].index_copy_(0, index, rows.to(self.home, self.dtype))
             small = cell_mask(masks, (height, width), self.cell_labels)
-            self.masks[level].index_copy_(0, index, small.reshape(-1, height * width).to(self._home))
+            self.masks[level].index_copy_(0, index, small.reshape(-1, height * width).to(self.home))
+
+    def copy_from(self, other: FeatureStore, slots: int) -> None:
+        """Takes over the first slots of a store of the same backbone and image size."""
+        for mine, theirs in zip((*self.levels, *self.masks), (*other.levels, *other.masks), strict=True):
+            mine[:slots].copy_(theirs[:slots])
 
     def rows(
         self,
@@ -126,14 +132,14 @@ class FeatureStore:
         position: Tensor,  # int64 [n], y * width + x
     ) -> Tensor:
         """The numbers int64 [n] of patches among all patches of a level, where the features are."""
-        return (slot * self.levels[level].shape[1] + position).to(self._home, non_blocking=True)
+        return (slot * self.levels[level].shape[1] + position).to(self.home, non_blocking=True)
 
     def patches(self, level: int) -> Tensor | None:
         """All patches of a level, [slots * h * w, C], if they are on the training device; None if they are elsewhere.
 
         The flow gathers from them by itself: `flow(patches, ..., rows=rows)`.
         """
-        return self.levels[level].flatten(0, 1) if self._home == self.device else None
+        return self.levels[level].flatten(0, 1) if self.home == self.device else None
 
     def gather(self, level: int, rows: Tensor) -> Tensor:
         """The features [n, C] of patches, on the training device."""
@@ -143,9 +149,11 @@ class FeatureStore:
         """Which of the patches are anomalous, bool [n], on the training device."""
         return self.masks[level].flatten()[rows].to(self.device, non_blocking=True)
 
-    def maps(self, level: int, slots: slice) -> Tensor:
-        """The features of some images as [n, h * w, C], on the training device."""
-        return self.levels[level][slots].to(self.device)
+    def maps(self, level: int, slots: Sequence[int]) -> Tensor:
+        """The features of some images as [n, C, h, w], on the training device."""
+        channels, height, width = self.shapes[level]
+        rows = self.levels[level].index_select(0, torch.as_tensor(slots, device=self.home)).to(self.device)
+        return rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def cell_mask(

@@ -70,6 +70,16 @@ def patch_chunks(
         yield slots[chunk // area], chunk % area
 
 
+def patch_rows(
+    slots: Tensor,  # int64 [B]
+    area: int,
+    chunk_rows: int,
+    key: tuple[int, int, int, int],
+) -> Iterator[Tensor]:
+    """The chunks of `patch_chunks` as rows int64 [n] among all patches of a feature store, slot * area + position."""
+    return (slot * area + position for slot, position in patch_chunks(slots, area, chunk_rows, key))
+
+
 def _generator(seed: int, *purpose: int) -> torch.Generator:
     state = np.random.SeedSequence([seed, *purpose]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

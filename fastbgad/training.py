@@ -3,6 +3,10 @@
 Phase one (the first meta epoch) fits the flows to normal patches by maximum likelihood; phase two adds the loss of
 the method. Each level's flow takes a step on every chunk of patches. Where a run stands is a pass and a batch; all
 random choices follow from the seed and that place (`fastbgad.schedule`).
+
+What makes it quick stands elsewhere: `image_features` (each image goes through the backbone once), `training_level`
+(levels side by side, nothing waits for the device), `training_graph` (a step is one call), `synthesis_ahead`
+(anomalies are made while training goes on), `data_parallel` (several processes share a run).
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,24 +25,29 @@ import torch
 from torch import Tensor
 
 from .calibration import stored_log_likelihoods
-from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import AnomalySynthesis, AugmentedAnomalies, Split, stream_batches
+from .data import AnomalySynthesis, AugmentedAnomalies, DecodedImages, Split
+from .data_parallel import DataParallel, SharedRows
 from .errors import CheckpointError, ConfigError, DataError, FastBGADError, FeatureError
-from .features import FeatureStore, Placement, extract_into
+from .features import Placement
 from .files import make_folder, write_json, write_text
+from .image_features import ImageFeatures
 from .interrupt import interrupt_flag
-from .loss_record import COLUMNS, loss_row, mean_losses
-from .losses import training_loss
+from .loss_record import mean_losses
 from .model import BGAD
-from .ops import PositionalRows
-from .schedule import image_batches, learning_rate, patch_chunks
+from .schedule import image_batches, learning_rate, patch_chunks, patch_rows
 from .scoring import calibrate
+from .synthesis_ahead import BANKS, SynthesisAhead
+from .training_level import LevelTrainer
+from .training_state import load_training_state, save_training_state
 
 STATE_FILE = "training.safetensors"
 MODEL_FILE = "model.safetensors"
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "config.json"
+
+# Seconds between readings of the losses while training on a GPU: each of them waits for the device.
+_READ_EVERY = 1.0
 
 Record = dict[str, float]
 
@@ -55,7 +64,7 @@ class Progress:
     done: int  # images so far in this stage
     total: int  # images of this stage
     images_per_second: float
-    record: Record  # the latest means of the pass: loss, boundaries, learning rate
+    record: Record  # the latest means of the pass: loss, violating rows, boundaries, learning rate
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,12 @@ def fit(
     *,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    features: ImageFeatures | None = None,
     placement: Placement = "auto",
     workers: int = 2,
+    parallel: DataParallel | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_meta_epoch: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Trains the model's flows, then calibrates it on the training normals.
 
@@ -86,9 +98,14 @@ def fit(
         config: method, losses, schedule.
         run_dir: where checkpoints, the log and the final model go; None keeps everything in memory.
         resume: continue the run in `run_dir`, bit for bit on the same machine; a finished run returns at once.
-        placement: where features are kept, see `fastbgad.features`.
-        workers: threads that decode images.
+        features: of the images, shared with other runs (they need `spare_slots` spare ones); None makes its own.
+        placement: where own features are kept, see `fastbgad.features`.
+        workers: threads that decode images and synthesise anomalies.
+        parallel: the processes that share this run. All of them call this with the same arguments; the results are
+            those of one process but for rounding, and the first one writes the files.
         on_progress: called after every batch of images.
+        on_meta_epoch: called after every meta epoch with its number, counted from 0, while the model holds the flows of
+            that moment (and no calibration yet).
 
     Returns:
         `FitResult`; the model holds the trained flows and its calibration.
@@ -101,18 +118,39 @@ def fit(
     """
     if resume and run_dir is None:
         raise ConfigError("resume=True needs run_dir, the folder of the run to continue")
+    if features is not None and parallel is not None:
+        raise ConfigError("features of one process cannot be shared with others: leave features or parallel out")
     if not split.normals:
         raise DataError("there is no normal image to train on")
     if config.uses_anomalies and not split.known_anomalies:
         raise DataError(f"method {config.method!r} learns from anomalies, but none is known: raise num_anomalies")
     if run_dir is not None:
         _check_run_dir(Path(run_dir), resume)
-    run = TrainingRun(model, split, config, Path(run_dir) if run_dir is not None else None, placement, workers)
-    run.on_progress = on_progress
+    run = TrainingRun(
+        model,
+        split,
+        config,
+        Path(run_dir) if run_dir is not None else None,
+        features,
+        placement,
+        workers,
+        parallel,
+        on_progress,
+        on_meta_epoch,
+    )
     try:
         return run.fit(resume)
     finally:
-        run.store.close()
+        run.close()
+
+
+def spare_slots(config: TrainConfig, known_anomalies: int) -> int:
+    """How many spare slots a run needs of features that it shares."""
+    return BANKS * known_anomalies * config.anomalies.cut_paste if config.uses_anomalies else 0
+
+
+def _dtype_of(model: BGAD) -> torch.dtype:
+    return next(model.flows.parameters()).dtype
 
 
 def _check_run_dir(run_dir: Path, resume: bool) -> None:
@@ -126,9 +164,7 @@ def _check_run_dir(run_dir: Path, resume: bool) -> None:
 
 
 class TrainingRun:
-    """The state of one run: flows, optimiser, features, and the place in the schedule."""
-
-    store: FeatureStore
+    """The state of one run: a trainer per level, the features, and the place in the schedule."""
 
     def __init__(
         self,
@@ -136,65 +172,93 @@ class TrainingRun:
         split: Split,
         config: TrainConfig,
         run_dir: Path | None,
+        features: ImageFeatures | None,
         placement: Placement,
         workers: int,
+        parallel: DataParallel | None,
+        on_progress: Callable[[Progress], None] | None,
+        on_meta_epoch: Callable[[int], None] | None,
     ) -> None:
         self.started = time.perf_counter()
-        self.model, self.split, self.config = model, split, config
-        self.run_dir, self.workers = run_dir, workers
+        self.model, self.split, self.config, self.parallel = model, split, config, parallel
+        self.run_dir, self.on_progress, self.on_meta_epoch = run_dir, on_progress, on_meta_epoch
         self.device = model.device
-        self.on_progress: Callable[[Progress], None] | None = None
-        known = split.known_anomalies if config.uses_anomalies else ()
-        recipe = AnomalySynthesis(repeat=config.anomalies.repeat, cut_paste=config.anomalies.cut_paste)
-        self.anomalies = AugmentedAnomalies(known, split.normals, recipe, model.image_size, config.seed)
+        self.writes = run_dir is not None and (parallel is None or parallel.rank == 0)
         self.passes = config.schedule.meta_epochs * config.schedule.sub_epochs
         self.pass_index, self.batch_index = 0, 0
         self.history: list[Record] = []
-        self.sums = torch.zeros(len(model.flows), COLUMNS, dtype=torch.float64, device=self.device)
-        self.fresh_synthesis = -1
+        self.last_read = (-math.inf, Record())
 
-        # Slots of the feature store: normals, known anomalies as they are, then their synthesised variants.
-        normals, first_synthetic = len(split.normals), len(split.normals) + len(known)
-        self.normal_items = torch.arange(normals)
+        # Items are the images of the run, numbered through: normals, known anomalies, then what is synthesised of them.
+        known = split.known_anomalies if config.uses_anomalies else ()
+        self.files = [*split.normals, *known]
+        recipe = AnomalySynthesis(repeat=config.anomalies.repeat, cut_paste=config.anomalies.cut_paste)
+        decoded = features.decoded if features is not None else DecodedImages(model.image_size)
+        self.anomalies = AugmentedAnomalies(known, split.normals, recipe, model.image_size, config.seed, decoded)
         self.synthetic = [i for i in range(len(self.anomalies)) if self.anomalies.is_synthetic(i)]
-        slot_of_synthetic = {index: first_synthetic + k for k, index in enumerate(self.synthetic)}
-        slot_of_known = {sample: normals + k for k, sample in enumerate(known)}
-        self.synthetic_slots = list(slot_of_synthetic.values())
-        anomalous_items = [
-            slot_of_synthetic.get(i, slot_of_known[self.anomalies.source(i)]) for i in range(len(self.anomalies))
-        ]
-        self.all_items = torch.cat([self.normal_items, torch.tensor(anomalous_items, dtype=torch.int64)])
+        item_of = {index: len(self.files) + k for k, index in enumerate(self.synthetic)}
+        item_of_known = {sample: len(split.normals) + k for k, sample in enumerate(known)}
+        anomalous = [item_of.get(i, item_of_known[self.anomalies.source(i)]) for i in range(len(self.anomalies))]
+        self.normal_items = torch.arange(len(split.normals))
+        self.all_items = torch.cat([self.normal_items, torch.tensor(anomalous, dtype=torch.int64)])
 
-        if model.backbone.needs_fit:
-            images = (batch.images.to(self.device) for batch in self._batches(split.normals, "statistics"))
-            model.backbone.fit(images)
-        slots = first_synthetic + len(self.synthetic)
-        self.store = FeatureStore(
-            model.backbone,
-            model.image_size,
-            slots,
-            device=self.device,
-            placement=placement,
-            folder=run_dir,
-            cell_labels=config.anomalies.cell_labels,
+        # Which of them this process holds, and where.
+        every = range(len(self.files) + len(self.synthetic))
+        self.owned = parallel.owned(every) if parallel is not None else list(every)
+        self.own_files = [self.files[item] for item in self.owned if item < len(self.files)]
+        own_synthetic = [self.synthetic[item - len(self.files)] for item in self.owned if item >= len(self.files)]
+        self.shares_features = features is not None
+        if features is None:
+            features = ImageFeatures(
+                model.backbone,
+                model.image_size,
+                self.own_files,
+                split.normals,
+                BANKS * len(own_synthetic),
+                device=self.device,
+                placement=placement,
+                folder=run_dir,
+                # a flow in float64 is not fed with rounded features
+                dtype=torch.float64 if _dtype_of(model) == torch.float64 else None,
+                cell_labels=config.anomalies.cell_labels,
+                batch_size=config.schedule.batch_size,
+                workers=workers,
+                decoded=decoded,
+                on_images=self._report_images,
+            )
+        features.check(model.backbone, model.image_size, config.anomalies.cell_labels, BANKS * len(own_synthetic))
+        self.features = features
+        self.synthesis = SynthesisAhead(
+            self.anomalies, own_synthetic, features, self._generation(self.passes - 1) + 1, workers
         )
-        parameters = [p for p in model.flows.parameters() if p.requires_grad]
-        # One optimiser over all levels: with adam_coasting the idle ones step on zero gradients, otherwise not at all.
-        self.optimizer = torch.optim.Adam(parameters, lr=config.schedule.lr, fused=True)
+        self.slots = torch.full((len(every),), -1)  # of every item that this process holds
+        self.slots[self.owned[: len(self.own_files)]] = torch.tensor(features.slots(self.own_files), dtype=torch.int64)
+        self.levels = [
+            LevelTrainer(level, model.flow(level), features.store, config, parallel)
+            for level in range(len(model.flows))
+        ]
+
+    def close(self) -> None:
+        """Stops what goes on in the background, and frees the features unless they are shared."""
+        self.synthesis.close()
+        if not self.shares_features:
+            self.features.close()
 
     # ---------------------------------------------------------------- the run
 
     def fit(self, resume: bool) -> FitResult:
         """The whole run, from features to the calibrated model."""
-        if self.run_dir is not None:
-            self._open_run(self.run_dir, resume)
-        self._extract_features()
+        self._open_run(resume)
+        self.features.extract(self.own_files)
         feature_seconds = time.perf_counter() - self.started
         with interrupt_flag() as interrupted:
             while self.pass_index < self.passes:
                 self._train_pass(interrupted)
+                if self.on_meta_epoch is not None and self.pass_index % self.config.schedule.sub_epochs == 0:
+                    self.on_meta_epoch(self.pass_index // self.config.schedule.sub_epochs - 1)
         self._calibrate()
-        if self.run_dir is not None:
+        if self.writes:
+            assert self.run_dir is not None
             known = self._known_names()
             history = {"config": self.config.as_dict(), "passes": self.history, "known_anomalies": known}
             self.model.save(self.run_dir / MODEL_FILE, history)
@@ -205,27 +269,28 @@ class TrainingRun:
         schedule = self.config.schedule
         meta_epoch, sub_epoch = divmod(self.pass_index, schedule.sub_epochs)
         first_phase = meta_epoch == 0
-        items = self._items(self.pass_index)
+        items = self.normal_items if first_phase else self.all_items
         if not first_phase:
-            self._refresh_synthesis()
+            self._take_synthesis()
         batches = image_batches(items, schedule.batch_size, self.config.seed, self.pass_index)
         clock, seen = time.perf_counter(), 0
         lr = schedule.lr
+        for trainer in self.levels:
+            trainer.begin()
         while self.batch_index < len(batches):
             progress = (sub_epoch + self.batch_index / len(batches)) / schedule.sub_epochs
             lr = learning_rate(schedule, meta_epoch, progress)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            slots = batches[self.batch_index]
-            for level in range(len(self.model.flows)):
-                self._train_level(level, slots, first_phase)
+            batch = batches[self.batch_index]
+            self._train_batch(batch, lr, first_phase)
             self.batch_index += 1
-            seen += len(slots)
+            seen += len(batch)
             speed = seen / (time.perf_counter() - clock)
             done = self._images_before(self.pass_index) + min(self.batch_index * schedule.batch_size, len(items))
-            self._report("training", done, self._images_before(self.passes), speed, partial(self._record, lr))
-            if interrupted.is_set() and self.batch_index < len(batches):
+            self._report("training", done, self._images_before(self.passes), speed, partial(self._latest_record, lr))
+            if self._stops(interrupted) and self.batch_index < len(batches):
                 self._stop()
+        for trainer in self.levels:
+            trainer.end()
         record = self._record(lr) | {"images_per_second": seen / max(time.perf_counter() - clock, 1e-9)}
         if not all(map(math.isfinite, record.values())):
             raise FeatureError(
@@ -234,107 +299,86 @@ class TrainingRun:
             )
         self.history.append(record)
         self.pass_index, self.batch_index = self.pass_index + 1, 0
-        self.sums.zero_()
-        if self.run_dir is not None:
+        for trainer in self.levels:
+            trainer.sums.zero_()
+        if self.writes:
             self._write_log()
             if self.pass_index % schedule.sub_epochs == 0:
                 self.save_state()
-        if interrupted.is_set() and self.pass_index < self.passes:
+        if self._stops(interrupted) and self.pass_index < self.passes:
             self._stop()
 
-    def _items(self, pass_index: int) -> Tensor:
-        """The slots a pass goes through: normals alone in phase one, then the known anomalies as well."""
-        return self.normal_items if pass_index < self.config.schedule.sub_epochs else self.all_items
+    def _train_batch(self, batch: Tensor, lr: float, first_phase: bool) -> None:
+        """Optimiser steps of every level on all patches of a batch of images."""
+        rows = self.config.schedule.chunk_rows
+        steps = [math.ceil(len(batch) * trainer.area / rows) for trainer in self.levels]
+        for level, trainer in enumerate(self.levels):
+            trainer.set_lr(lr)
+            if self.config.schedule.adam_coasting:  # idle levels step as well, before their turn and after it
+                trainer.coast(sum(steps[:level]))
+            trainer.train(self._chunks(trainer, batch), first_phase)
+            if self.config.schedule.adam_coasting:
+                trainer.coast(sum(steps[level + 1 :]))
+
+    def _chunks(self, trainer: LevelTrainer, batch: Tensor) -> Iterator[Tensor] | Iterator[SharedRows]:
+        """The patches of a batch at one level, in random order, chunk by chunk."""
+        area, rows = trainer.area, self.config.schedule.chunk_rows
+        key = (self.config.seed, self.pass_index, self.batch_index, trainer.level)
+        if self.parallel is None:
+            return patch_rows(self.slots[batch], area, rows, key)
+        share = self.parallel.share
+        return (share(items, place, self.slots, area) for items, place in patch_chunks(batch, area, rows, key))
+
+    def _take_synthesis(self) -> None:
+        """Waits for the synthesised anomalies of this pass and looks up where they are."""
+        own = self.owned[len(self.own_files) :]
+        self.slots[own] = torch.tensor(self.synthesis.take(self._generation(self.pass_index)), dtype=torch.int64)
+
+    def _generation(self, pass_index: int) -> int:
+        return pass_index // self.config.anomalies.refresh
 
     def _images_before(self, pass_index: int) -> int:
         first_phase = min(pass_index, self.config.schedule.sub_epochs)
         return first_phase * len(self.normal_items) + (pass_index - first_phase) * len(self.all_items)
 
-    def _train_level(self, level: int, slots: Tensor, first_phase: bool) -> None:
-        """Optimiser steps of one level on all patches of a batch of images."""
-        channels, height, width = self.store.shapes[level]
-        flow, condition_channels = self.model.flow(level), self.model.flow_config.condition_channels
-        key = (self.config.seed, self.pass_index, self.batch_index, level)
-        for slot, position in patch_chunks(slots, height * width, self.config.schedule.chunk_rows, key):
-            rows = self.store.rows(level, slot, position)
-            anomalous = self.store.labels(level, rows)
-            patches = self.store.patches(level)
-            if patches is not None:
-                where = PositionalRows(height, width, channels=condition_channels) if condition_channels else None
-                lp = flow(patches, where, rows=rows).log_likelihood
-            else:
-                where = PositionalRows(height, width, position, condition_channels) if condition_channels else None
-                lp = flow(self.store.gather(level, rows), where).log_likelihood
-            loss = training_loss(lp, anomalous, channels, self.config.method, self.config.loss, first_phase=first_phase)
-            self.optimizer.zero_grad(set_to_none=not self.config.schedule.adam_coasting)
-            loss.total.backward()
-            self.optimizer.step()
-            self.sums[level] += loss_row(loss)
-
     def _record(self, lr: float) -> Record:
-        """The means of the pass so far; the only place that waits for the device."""
-        return {"pass": self.pass_index + 1, "lr": lr, **mean_losses(self.sums)}
+        """The means of the pass so far; waits for the device."""
+        for trainer in self.levels:
+            trainer.end()
+        sums = torch.stack([trainer.sums for trainer in self.levels])
+        return {"pass": self.pass_index + 1, "lr": lr, **mean_losses(sums)}
 
-    # ---------------------------------------------------------------- features
-
-    def _extract_features(self) -> None:
-        samples = [*self.split.normals, *self.anomalies.known]
-        place = iter(range(len(samples)))
-        extract_into(
-            self.store,
-            self.model.backbone,
-            (
-                ([next(place) for _ in batch.samples], batch.images, batch.masks)
-                for batch in self._batches(samples, "features")
-            ),
-        )
-
-    def _refresh_synthesis(self) -> None:
-        """Makes and extracts the synthesised anomalies of this pass, unless they are there already."""
-        generation = self.pass_index // self.config.anomalies.refresh
-        if generation == self.fresh_synthesis or not self.synthetic:
-            return
-
-        def batches() -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-            size = self.config.schedule.batch_size
-            for start in range(0, len(self.synthetic), size):
-                made = [self.anomalies.get(generation, i) for i in self.synthetic[start : start + size]]
-                yield (
-                    self.synthetic_slots[start : start + size],
-                    torch.stack([sample.image for sample in made]),
-                    torch.stack([sample.mask for sample in made]),
-                )
-
-        extract_into(self.store, self.model.backbone, batches())
-        self.fresh_synthesis = generation
-
-    def _batches(self, samples: Sequence[Any], stage: str) -> Iterator[Any]:
-        clock, done = time.perf_counter(), 0
-        for batch in stream_batches(samples, self.model.image_size, self.config.schedule.batch_size, self.workers):
-            yield batch
-            done += len(batch.samples)
-            self._report(stage, done, len(samples), done / (time.perf_counter() - clock), dict)
+    def _latest_record(self, lr: float) -> Record:
+        """`_record`, on a GPU no more often than every `_READ_EVERY` seconds."""
+        now = time.perf_counter()
+        if self.device.type != "cuda" or now - self.last_read[0] > _READ_EVERY:
+            self.last_read = (now, self._record(lr))
+        return self.last_read[1]
 
     def _calibrate(self) -> None:
         """Log-likelihoods of all training normals, and from them the constants of the model."""
-        count, size = len(self.split.normals), self.config.schedule.batch_size
-        with torch.inference_mode():
-            levels = stored_log_likelihoods(self.model, self.store, count, size)
-            loss = self.config.loss
-            self.model.set_calibration(
-                calibrate(levels, self.model.image_size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer)
-            )
+        count, loss = len(self.split.normals), self.config.loss
+        slots = self.features.slots([sample for sample in self.own_files if sample.label == 0])
+        levels = stored_log_likelihoods(self.model, self.features.store, slots, self.config.schedule.batch_size)
+        if self.parallel is not None:
+            levels = [self.parallel.gather_images(lp, count) for lp in levels]
+        self.model.set_calibration(
+            calibrate(levels, self.model.image_size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer)
+        )
 
     # ---------------------------------------------------------------- files
 
-    def _open_run(self, run_dir: Path, resume: bool) -> None:
-        if resume:
-            self.load_state()
+    def _open_run(self, resume: bool) -> None:
+        if self.run_dir is None:
             return
-        write_json(
-            run_dir / CONFIG_FILE, {"architecture": self.model.architecture(), "training": self.config.as_dict()}
-        )
-        self._write_log()
+        if resume:
+            place = load_training_state(self.run_dir / STATE_FILE, self.levels, self.identity())
+            self.pass_index, self.batch_index, self.history = place["pass"], place["batch"], place["history"]
+        elif self.writes:
+            architecture, training = self.model.architecture(), self.config.as_dict()
+            write_json(self.run_dir / CONFIG_FILE, {"architecture": architecture, "training": training})
+        if self.writes:
+            self._write_log()  # lines of passes that the state does not know are taken back
 
     def _known_names(self) -> list[str]:
         return [sample.name for sample in self.split.known_anomalies]
@@ -345,6 +389,7 @@ class TrainingRun:
             "architecture": self.model.architecture(),
             "backbone": self.model.backbone.fingerprint(),
             "training": self.config.as_dict(),
+            "precision": self.model.flow(0).precision,
             "normals": [sample.image.name for sample in self.split.normals],
             "known_anomalies": self._known_names(),
         }
@@ -352,52 +397,33 @@ class TrainingRun:
     def save_state(self) -> None:
         """Writes everything that the run needs to go on bit for bit."""
         assert self.run_dir is not None
-        tensors = {f"flows.{name}": tensor for name, tensor in self.model.flows.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
-        tensors["sums"] = self.sums
         place = {"pass": self.pass_index, "batch": self.batch_index, "history": self.history}
-        save_checkpoint(self.run_dir / STATE_FILE, "training", tensors, {"identity": self.identity(), "place": place})
-
-    def load_state(self) -> None:
-        """Takes up the state in the run's folder; raises `CheckpointError` if it belongs to another run."""
-        assert self.run_dir is not None
-        path = self.run_dir / STATE_FILE
-        tensors, metadata = load_checkpoint(path, "training")
-        ours = json.loads(json.dumps(self.identity()))
-        different = [name for name, value in ours.items() if metadata["identity"].get(name) != value]
-        if different:
-            raise CheckpointError(
-                f"{path} belongs to another run: it differs in {', '.join(different)}; resume with the configuration "
-                f"in {self.run_dir / CONFIG_FILE} and the same images, or choose another folder"
-            )
-        flows = {name.removeprefix("flows."): t for name, t in tensors.items() if name.startswith("flows.")}
-        self.model.flows.load_state_dict(flows)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, number, key = name.split(".")
-                state.setdefault(int(number), {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.sums.copy_(tensors["sums"])
-        place = metadata["place"]
-        self.pass_index, self.batch_index, self.history = place["pass"], place["batch"], place["history"]
-        # Lines of passes that the state does not know are taken back.
-        self._write_log()
+        save_training_state(self.run_dir / STATE_FILE, self.levels, self.identity(), place)
 
     def _write_log(self) -> None:
         assert self.run_dir is not None
         write_text(self.run_dir / LOG_FILE, "".join(json.dumps(record) + "\n" for record in self.history))
 
+    def _stops(self, interrupted: threading.Event) -> bool:
+        """Whether to stop here; processes that share a run stop at the same place."""
+        if self.parallel is not None:
+            return self.parallel.any(interrupted.is_set(), self.device)
+        return interrupted.is_set()
+
     def _stop(self) -> None:
+        for trainer in self.levels:
+            trainer.end()
         if self.run_dir is None:
             raise InterruptedTraining("training was interrupted; without run_dir there is nothing to resume from")
-        self.save_state()
+        if self.writes:
+            self.save_state()
         raise InterruptedTraining(
             f"training was interrupted after {self.pass_index} of {self.passes} passes; its state is saved: go on with "
             f"the same command and --resume (run folder {self.run_dir})"
         )
+
+    def _report_images(self, stage: str, done: int, total: int) -> None:
+        self._report(stage, done, total, done / (time.perf_counter() - self.started), dict)
 
     def _report(self, stage: str, done: int, total: int, speed: float, record: Callable[[], Record]) -> None:
         if self.on_progress is not None:

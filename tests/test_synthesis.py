@@ -11,6 +11,7 @@ from scipy import ndimage
 from fastbgad.data import (
     AnomalySynthesis,
     AugmentedAnomalies,
+    DecodedImages,
     load_sample,
     open_category,
     rand_augment_cut_paste,
@@ -213,7 +214,8 @@ def test_real_items_are_the_unaugmented_images(split):
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 def test_items_depend_on_seed_epoch_and_index_alone(split, cache_bytes):
     def make(seed: int) -> AugmentedAnomalies:
-        return AugmentedAnomalies(split.known_anomalies, split.normals, AnomalySynthesis(), 32, seed, cache_bytes)
+        decoded = DecodedImages((32, 32), cache_bytes)
+        return AugmentedAnomalies(split.known_anomalies, split.normals, AnomalySynthesis(), 32, seed, decoded)
 
     def content(plan: AugmentedAnomalies, epoch: int, index: int) -> bytes:
         item = plan.get(epoch, index)

@@ -179,7 +179,7 @@ class TrainingFeatures:
         Raises:
             FeatureError: log-likelihoods that are not finite, as of a training run that diverged.
         """
-        levels = stored_log_likelihoods(self._detector, self._store, self._normals, _IMAGES_AT_ONCE)
+        levels = stored_log_likelihoods(self._detector, self._store, range(self._normals), _IMAGES_AT_ONCE)
         if not all(bool(torch.isfinite(lp).all()) for lp in levels):
             raise FeatureError(
                 "the log-likelihoods of the training images are not finite: training diverged; lower the learning rate "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .decoded import DecodedImages
 from .demo import make_demo_dataset
 from .foreground import foreground_mask
 from .generated import write_noise_images
@@ -17,6 +18,7 @@ __all__ = [
     "AugmentedAnomalies",
     "Batch",
     "Category",
+    "DecodedImages",
     "FolderLayout",
     "LoadedSample",
     "Sample",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -79,12 +79,17 @@ class SampleImages(Dataset[LoadedSample]):
 
 
 def stream_batches(
-    samples: Sequence[Sample], size: int | Sequence[int], batch_size: int, workers: int = 0
+    samples: Sequence[Sample],
+    size: int | Sequence[int],
+    batch_size: int,
+    workers: int = 0,
+    load: Callable[[Sample], LoadedSample] | None = None,
 ) -> Iterator[Batch]:
     """Yields the samples in their order, `batch_size` at a time; the last batch may be smaller.
 
     With `workers` threads at most `batch_size + workers` images beyond the current batch are decoded ahead, so memory
     does not grow with the number of samples. The first file that cannot be used ends the stream with its `DataError`.
+    `load` reads a sample in place of `load_sample`, at the same size.
 
     Raises:
         ConfigError: `size`, `batch_size` or `workers` cannot work.
@@ -93,7 +98,8 @@ def stream_batches(
     if batch_size < 1 or workers < 0:
         raise ConfigError(f"batch_size is {batch_size} and workers {workers}; give at least 1 and 0")
     height_width = parse_size(size)
-    loaded = _load_ahead(samples, height_width, batch_size + workers, workers)
+    read = load or (lambda sample: load_sample(sample, height_width))
+    loaded = _load_ahead(samples, read, batch_size + workers, workers)
     return _batches(samples, loaded, batch_size)
 
 
@@ -104,15 +110,17 @@ def _batches(samples: Sequence[Sample], loaded: Iterator[LoadedSample], batch_si
         yield Batch(images, torch.stack([item.mask for item in part]), list(samples[start : start + batch_size]))
 
 
-def _load_ahead(samples: Sequence[Sample], size: tuple[int, int], ahead: int, workers: int) -> Iterator[LoadedSample]:
+def _load_ahead(
+    samples: Sequence[Sample], read: Callable[[Sample], LoadedSample], ahead: int, workers: int
+) -> Iterator[LoadedSample]:
     if workers == 0:
-        yield from (load_sample(sample, size) for sample in samples)
+        yield from map(read, samples)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fastbgad-images")
     try:
         waiting: deque[Future[LoadedSample]] = deque()
         for sample in samples:
-            waiting.append(pool.submit(load_sample, sample, size))
+            waiting.append(pool.submit(read, sample))
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:

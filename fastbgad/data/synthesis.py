@@ -19,9 +19,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..errors import ConfigError, DataError
+from .decoded import DecodedImages
 from .foreground import foreground_mask
 from .layouts import Sample
-from .loading import LoadedSample, load_sample, parse_size
+from .loading import LoadedSample, parse_size
 
 _CONTEXT = 8  # pixels of surroundings kept around a region: blur and interpolation read beyond the mask
 _ATTEMPTS = 10
@@ -62,7 +63,7 @@ class AugmentedAnomalies:
         recipe: AnomalySynthesis,
         size: int | Sequence[int],
         seed: int = 0,
-        cache_bytes: int = 1 << 29,
+        decoded: DecodedImages | None = None,
     ) -> None:
         """Plans the images; none is read yet.
 
@@ -72,7 +73,7 @@ class AugmentedAnomalies:
             recipe: how often each anomaly is used.
             size: (height, width) of the images, or one number for both.
             seed: of all random choices.
-            cache_bytes: decoded images are kept up to this many bytes; what does not fit is read again each time.
+            decoded: where decoded images are kept; None keeps them for this object alone.
 
         Raises:
             DataError: images are to be synthesised but there are no normals.
@@ -87,8 +88,8 @@ class AugmentedAnomalies:
         self.size = parse_size(size)
         self.seed = seed
         self._per_anomaly = recipe.repeat + recipe.cut_paste
-        self._cache: dict[Sample, _Decoded] = {}
-        self._cache_left = cache_bytes
+        self._decoded = decoded or DecodedImages(self.size)
+        self._foregrounds: dict[Sample, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.known) * self._per_anomaly
@@ -103,7 +104,7 @@ class AugmentedAnomalies:
 
     def get(self, epoch: int, index: int) -> LoadedSample:
         """Item `index` of `epoch`: uint8 [3, h, w] and bool [h, w]. Raises `DataError` as `load_sample` does."""
-        anomalous = self._load(self.source(index)).sample
+        anomalous = self._decoded(self.source(index))
         if not self.is_synthetic(index):
             return LoadedSample(anomalous.image.clone(), anomalous.mask.clone())
         if not anomalous.mask.any():
@@ -114,9 +115,14 @@ class AugmentedAnomalies:
             )
         entropy = np.random.SeedSequence([self.seed, epoch, index])
         generator = Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        normal = self._load(self.normals[_integer(len(self.normals), generator)])
+        normal = self.normals[_integer(len(self.normals), generator)]
         image, mask = rand_augment_cut_paste(
-            normal.sample.image, anomalous.image, anomalous.mask, normal.foreground, generator, self.recipe.transforms
+            self._decoded(normal).image,
+            anomalous.image,
+            anomalous.mask,
+            self._foreground(normal),
+            generator,
+            self.recipe.transforms,
         )
         return LoadedSample(image, mask)
 
@@ -125,24 +131,14 @@ class AugmentedAnomalies:
             raise IndexError(f"index {index} of {len(self)} augmented anomalies")
         return index
 
-    def _load(self, sample: Sample) -> _Decoded:
-        if sample in self._cache:
-            return self._cache[sample]
-        loaded = load_sample(sample, self.size)
-        foreground = None
-        if self.recipe.in_foreground and sample.label == 0:
-            foreground = torch.from_numpy(foreground_mask(loaded.image.permute(1, 2, 0).numpy()))
-        decoded = _Decoded(loaded, foreground)
-        needed = 5 * self.size[0] * self.size[1]  # three channels and two masks
-        if needed <= self._cache_left:
-            self._cache_left -= needed
-            self._cache[sample] = decoded
-        return decoded
-
-
-class _Decoded(NamedTuple):
-    sample: LoadedSample
-    foreground: Tensor | None
+    def _foreground(self, normal: Sample) -> Tensor | None:
+        """Where a normal image's object is, bool [h, w]; None if anomalies may be pasted anywhere."""
+        if not self.recipe.in_foreground:
+            return None
+        if normal not in self._foregrounds:
+            image = self._decoded(normal).image.permute(1, 2, 0).numpy()
+            self._foregrounds[normal] = torch.from_numpy(foreground_mask(image))
+        return self._foregrounds[normal]
 
 
 def repeat_anomalies(samples: Sequence[Sample], times: int = 5) -> list[Sample]:

@@ -1,0 +1,118 @@
+"""Synthesised anomalies, made by threads while training goes on with those made before.
+
+The images of the next generation are made while the current one is trained on. On a GPU their features are extracted
+in the background as well, on a stream of their own, into the slots that the current generation does not use; on a CPU
+that would only take cores away from training, so it is done when they are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from .data import AugmentedAnomalies, LoadedSample
+from .features import extract_into
+from .image_features import ImageFeatures
+
+BANKS = 2
+"""Sets of slots that take turns: one is trained on while the other is filled."""
+
+
+class SynthesisAhead:
+    """The synthesised anomalies of a run, generation after generation.
+
+    Args:
+        anomalies: the plan of what is synthesised.
+        indices: its items that this process is responsible for.
+        features: where their features go: into `BANKS` sets of its spare slots.
+        generations: how many there will be.
+        workers: threads that make images.
+    """
+
+    def __init__(
+        self,
+        anomalies: AugmentedAnomalies,
+        indices: Sequence[int],
+        features: ImageFeatures,
+        generations: int,
+        workers: int,
+    ) -> None:
+        self.anomalies, self.indices, self.features, self.generations = anomalies, indices, features, generations
+        self._makers = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="fastbgad-synthesis")
+        self._extractor = ThreadPoolExecutor(1, thread_name_prefix="fastbgad-extraction")
+        self._in_background = features.device.type == "cuda"
+        self._images: dict[int, list[Future[LoadedSample]]] = {}
+        self._extracted: dict[int, Future[torch.cuda.Event]] = {}
+        self._there = -1  # the generation whose features were handed out last
+
+    def slots(self, generation: int) -> list[int]:
+        """The slots of a generation's features, in the order of `indices`."""
+        first = self.features.spare.start + generation % BANKS * len(self.indices)
+        return list(range(first, first + len(self.indices)))
+
+    def take(self, generation: int) -> list[int]:
+        """Waits until a generation's features are there and returns their slots; starts with the next one.
+
+        Raises:
+            DataError: an anomaly that cannot be pasted. FeatureError: features that are not finite.
+        """
+        if not self.indices:
+            return []
+        if generation != self._there:
+            if self._in_background:
+                torch.cuda.current_stream(self.features.device).wait_event(self._start(generation).result())
+            else:
+                self._extract(generation)
+            self._forget(generation)
+            self._there = generation
+            if generation + 1 < self.generations:
+                if self._in_background:
+                    # What still reads the other bank was asked for before this moment.
+                    self._start(generation + 1, after=torch.cuda.current_stream(self.features.device).record_event())
+                else:
+                    self._make(generation + 1)
+        return self.slots(generation)
+
+    def close(self) -> None:
+        """Stops the threads; images that are being made are waited for, others are not begun."""
+        for pool in (self._makers, self._extractor):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, generation: int) -> list[Future[LoadedSample]]:
+        if generation not in self._images:
+            self._images[generation] = [self._makers.submit(self.anomalies.get, generation, i) for i in self.indices]
+        return self._images[generation]
+
+    def _start(self, generation: int, after: torch.cuda.Event | None = None) -> Future[torch.cuda.Event]:
+        if generation not in self._extracted:
+            self._make(generation)
+            self._extracted[generation] = self._extractor.submit(self._extract_aside, generation, after)
+        return self._extracted[generation]
+
+    def _extract_aside(self, generation: int, after: torch.cuda.Event | None) -> torch.cuda.Event:
+        """In the background: `_extract` on a stream of its own; the event tells when the features are there."""
+        stream = torch.cuda.Stream(self.features.device)
+        with torch.cuda.stream(stream):
+            if after is not None:
+                stream.wait_event(after)
+            self._extract(generation)
+            return stream.record_event()
+
+    def _extract(self, generation: int) -> None:
+        slots, size = self.slots(generation), self.features.batch_size
+        images = self._make(generation)
+
+        def batches() -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+            for start in range(0, len(slots), size):
+                made = [future.result() for future in images[start : start + size]]
+                masks = torch.stack([sample.mask for sample in made])
+                yield slots[start : start + size], torch.stack([sample.image for sample in made]), masks
+
+        extract_into(self.features.store, self.features.backbone, batches())
+
+    def _forget(self, generation: int) -> None:
+        self._images.pop(generation, None)
+        self._extracted.pop(generation, None)

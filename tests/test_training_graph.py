@@ -1,0 +1,105 @@
+"""Captured steps: when they are captured, what a replay computes, and what happens where capture is impossible.
+
+The CUDA graph itself is replaced by one that records the function: what is tested is the bookkeeping around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbgad.training_graph import WARM_UP_STEPS, CapturedSteps
+
+
+class Recording:
+    """Stands in for `torch.cuda.CUDAGraph`: replays the step that ran while it was being captured."""
+
+    current: Recording | None = None
+
+    def __init__(self) -> None:
+        self.step: Callable[[], None] | None = None
+        self.replays = 0
+
+    def replay(self) -> None:
+        assert self.step is not None
+        self.replays += 1
+        self.step()
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    made: list[Recording] = []
+
+    def new() -> Recording:
+        made.append(Recording())
+        return made[-1]
+
+    @contextmanager
+    def capture(graph: Recording, **options: Any) -> Iterator[None]:
+        Recording.current = graph
+        yield
+        Recording.current = None
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    return made
+
+
+class Steps:
+    """A step that adds up its rows; while it is captured it only notes what to do, as a GPU would."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.calls: list[tuple[int, bool]] = []
+
+    def __call__(self, rows: Tensor, first_phase: bool) -> None:
+        def work() -> None:
+            self.total += int(rows.sum()) * (10 if first_phase else 1)
+
+        if Recording.current is not None:
+            Recording.current.step = work
+        else:
+            self.calls.append((len(rows), first_phase))
+            work()
+
+
+def test_steps_are_captured_by_size_and_phase_and_replayed_with_their_own_rows(fake_graphs: list[Recording]) -> None:
+    steps = Steps()
+    captured = CapturedSteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    expected = 0
+    plan = [(5, False), (5, False), (4, False), (5, True)] * 10
+    for size, first_phase in plan:
+        rows = torch.randint(100, (size,), generator=generator)
+        expected += int(rows.sum()) * (10 if first_phase else 1)
+        captured(rows, first_phase)
+        assert steps.total == expected  # warm-up, the step of the capture, and replays alike
+    assert len(fake_graphs) == 3
+    assert len(steps.calls) == 3 * WARM_UP_STEPS
+    assert sum(graph.replays for graph in fake_graphs) == len(plan) - 3 * WARM_UP_STEPS
+
+
+def test_what_cannot_be_captured_runs_as_usual(fake_graphs: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps()
+    captured = CapturedSteps(steps)
+
+    @contextmanager
+    def refuse(graph: Recording, **options: Any) -> Iterator[None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    rows = torch.arange(4)
+    for _ in range(WARM_UP_STEPS):
+        captured(rows, False)
+    with pytest.warns(RuntimeWarning, match=r"cannot be captured as a CUDA graph .*not permitted"):
+        captured(rows, False)
+    captured(rows, False)
+    assert steps.total == (WARM_UP_STEPS + 2) * 6
+    assert len(steps.calls) == WARM_UP_STEPS + 2
