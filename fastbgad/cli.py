@@ -1,7 +1,8 @@
-"""The command line: `fastbgad demo | train | evaluate | predict | bench | convert | export | info`.
+"""The command line: `fastbgad demo | train | evaluate | predict | bench | convert | export | reproduce | info`.
 
 Every command is a frozen dataclass; tyro turns its fields into options and its comments into help. What a command
-does stands in `fastbgad.commands`.
+does stands in `fastbgad.commands`; `reproduce` has files of its own, `fastbgad.cli_reproduce` and
+`fastbgad.experiments.command`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
 
+from .cli_options import Check, Dtype, Layout, Preset, preset_of
+from .cli_reproduce import Reproduce, reproduce_defaults
 from .config import PRESETS, LossConfig, Method, TrainConfig
 from .convert import ReadOptions, Target
 from .errors import MissingDependencyError
@@ -25,10 +28,6 @@ try:
     import tyro
 except ImportError as error:
     raise MissingDependencyError("tyro", "report", "the command line") from error
-
-Preset = Literal["official", "demo"]
-Check = Literal["full", "quick", "none"]
-Layout = Literal["auto", "mvtec", "btad", "folder"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Train:
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
     """Height and width in pixels that images are resized to."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the backbone."""
     compile: bool = False
     """Run the backbone through torch.compile."""
@@ -149,6 +148,11 @@ class Predict:
     """Score images with a trained model: a CSV line and an anomaly map per image, streamed.
 
     fastbgad predict --model runs/screw/model.safetensors --out scores photos/ 'more/**/*.png'
+
+    fastbgad predict --engine ray --model runs/screw/model.safetensors --out scores --maps none archive/
+
+    --engine ray spreads millions of images over processes, GPUs and machines. They are divided into shards; each is a
+    file of its own in OUT/shards, written whole, and all are joined into scores.csv at the end.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -160,13 +164,23 @@ class Predict:
     maps: MapFormat = "overlay"
     """overlay: heat over the image (PNG); png16: raw map, 16 bits, scale in maps.json; npy: raw float32; none."""
     resume: bool = False
-    """Keep an existing scores.csv and score only the images it lacks."""
+    """Keep an existing scores.csv and score only the images it lacks; with --engine ray keep finished shards."""
     batch_size: int = 8
     """Images that go through the model together."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = 2
-    """Threads that decode images and write maps."""
+    """Threads that decode images and write maps; with --engine ray of every Ray worker."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process; ray: Ray Data, on this machine or a cluster (needs fastbgad[ray])."""
+    shard_size: int = 1000
+    """Images per shard, for --engine ray."""
+    ray_address: str | None = None
+    """Cluster for --engine ray: auto, or host:port; without it Ray runs on this machine for the length of the call."""
+    ray_workers: int | None = None
+    """Processes with a model each, for --engine ray; if left out as many as there are GPUs, or else CPU cores."""
+    gpus_per_worker: float = 1.0
+    """GPUs of every Ray worker; with 0.5 two workers share one."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +228,7 @@ class Bench:
     """Of a timm model: random, pretrained (from the hub), or a local .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the backbone."""
     compile: bool = False
     """Run the backbone through torch.compile."""
@@ -322,12 +336,12 @@ class Info:
     """A model.safetensors that train wrote."""
 
 
-Command = Demo | Train | Evaluate | Predict | Bench | Convert | Export | Info
+Command = Demo | Train | Evaluate | Predict | Bench | Convert | Export | Reproduce | Info
 
 
 def parse(arguments: Sequence[str]) -> Command:
     """The command that the arguments ask for; prints help or usage errors itself and then raises SystemExit."""
-    preset = _preset(arguments)
+    preset = preset_of(arguments)
     train = Train(data=tyro.MISSING, out=tyro.MISSING, preset=preset, training=PRESETS[preset]())
     commands = (
         Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -337,6 +351,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce", default=reproduce_defaults(preset))]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     command: Any = tyro.cli(
@@ -347,14 +362,3 @@ def parse(arguments: Sequence[str]) -> Command:
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     return command
-
-
-def _preset(arguments: Sequence[str]) -> Preset:
-    """The value of --preset, needed before parsing: it decides the defaults that --help shows."""
-    for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--preset":
-            value = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
-            if value in get_args(Preset):
-                return cast(Preset, value)
-    return "official"

@@ -16,17 +16,19 @@ import torch
 from . import console
 from .backbones import create_backbone
 from .bench_command import bench
-from .cli import Bench, Command, Convert, Demo, Evaluate, Export, Info, Predict, Train
+from .cli import Bench, Command, Convert, Demo, Evaluate, Export, Info, Predict, Reproduce, Train
 from .config import METHOD_NAMES, TrainConfig, demo_preset
 from .convert import convert
 from .data import Sample, Split, make_demo_dataset, open_category, split_known_anomalies
 from .environment import choose_device, machine, versions
 from .errors import ConfigError
 from .evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
+from .experiments.command import reproduce
 from .export import export_detector
 from .files import make_folder, write_json
 from .metrics import official_pro
 from .model import BGAD
+from .predict_command import predict_by_ray, print_outcome
 from .prediction import find_images, predict_files
 from .report import RunReport, write_report
 from .training import MODEL_FILE, STATE_FILE, FitResult, fit
@@ -247,6 +249,8 @@ def _method_of(model: BGAD) -> str:
 
 @run.register
 def _predict(command: Predict) -> int:
+    if command.engine == "ray":
+        return predict_by_ray(command)
     model = BGAD.load(command.model, device=choose_device(command.device))
     images = find_images(command.images)
     with console.image_bar("predict", len(images)) as on_images:
@@ -260,19 +264,17 @@ def _predict(command: Predict) -> int:
             workers=command.workers,
             on_images=on_images,
         )
-    skipped = f", {summary.skipped} were there already" if summary.skipped else ""
-    print(f"scored {summary.scored} images{skipped}: {command.out / 'scores.csv'}")
-    if summary.failed:
-        listed = "\n".join(f"  - {message}" for message in summary.failed[:20])
-        more = f"\n  ... and {len(summary.failed) - 20} more" if len(summary.failed) > 20 else ""
-        print(f"{len(summary.failed)} images could not be read; their lines in the CSV say why:\n{listed}{more}")
-        return 2
-    return 0
+    return print_outcome(command, summary.scored, summary.skipped, len(summary.failed), summary.failed)
 
 
 # ------------------------------------------------------------------- bench
 
 run.register(Bench, bench)
+
+
+# --------------------------------------------------------------- reproduce
+
+run.register(Reproduce, reproduce)
 
 
 # ----------------------------------------------------------------- convert

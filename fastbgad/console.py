@@ -11,6 +11,7 @@ from typing import Any
 from .errors import MissingDependencyError
 from .training import Progress
 
+_WIDEST = 240  # columns of a table in a log file
 _LINE_EVERY = 10.0  # seconds between lines where no bar can be drawn (a log file, CI)
 
 
@@ -62,6 +63,80 @@ def pass_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
+def cell_bar(total: int) -> Iterator[Callable[[int, str], None]]:
+    """A callback that is told how many cells of a run are done, and what is being done; the rest is estimated.
+
+    The estimate counts the cells that became done since the first call, by whichever process.
+    """
+    rich = require_rich()
+    pace = _Pace(total)
+    if not sys.stdout.isatty():
+        lines = _lines("reproduce")
+
+        def on_line(done: int, text: str) -> None:
+            lines("cells", done, total, f"{pace.left(done)}  {text}".strip())
+
+        yield on_line
+        return
+    columns = rich.progress
+    bar = columns.Progress(
+        columns.TextColumn("cells"),
+        columns.BarColumn(bar_width=24),
+        columns.MofNCompleteColumn(),
+        columns.TextColumn("{task.fields[left]}"),
+        columns.TextColumn("{task.fields[text]}"),
+    )
+    with bar:
+        task = bar.add_task("cells", total=total, text="", left="")
+
+        def on_cells(done: int, text: str) -> None:
+            bar.update(task, completed=done, text=text, left=pace.left(done))
+
+        yield on_cells
+
+
+class _Pace:
+    """How long the cells that are left will take, at the pace of those that became done."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.first: tuple[int, float] | None = None
+        self.latest = (0, 0.0)
+
+    def left(self, done: int) -> str:
+        """For people; empty until there is a pace."""
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = self.latest = (done, now)
+        if done != self.latest[0]:
+            self.latest = (done, now)
+        cells, seconds = self.latest[0] - self.first[0], self.latest[1] - self.first[1]
+        if cells < 1 or done >= self.total:
+            return ""
+        rest = (self.total - done) * seconds / cells - (now - self.latest[1])
+        return f"about {duration(max(rest, 1.0))} left"
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things, such as 1 cell or 2 cells."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def indented(message: str) -> str:
+    """A message of several lines as part of a list."""
+    return message.replace("\n", "\n    ")
+
+
+def duration(seconds: float) -> str:
+    """A time span in the two units that matter, such as 2 h 5 min."""
+    whole = round(seconds)
+    for unit, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if whole >= unit:
+            return f"{whole // unit} {name} {whole % unit // smaller} {smaller_name}"
+    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
+
+
+@contextmanager
 def _bar(title: str) -> Iterator[Callable[[str, int, int, str], None]]:
     rich = require_rich()
     if not sys.stdout.isatty():
@@ -109,7 +184,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-    rich.console.Console(soft_wrap=True).print(table)
+    # A file or a pipe has no width: there, nothing needs to be folded.
+    width = None if sys.stdout.isatty() else _WIDEST
+    rich.console.Console(soft_wrap=True, width=width).print(table)
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

@@ -1,25 +1,19 @@
 """Pictures of a result: anomaly maps and decisions painted over photographs, and the charts of the report.
 
-Painting needs numpy and scipy only, so `predict` works without matplotlib. Charts are matplotlib figures turned into
-inline SVG whose colours are CSS variables, so that they follow the light or dark page they stand in.
+Painting needs numpy and scipy only, so `predict` works without matplotlib; charts need it.
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .errors import DataError, FeatureError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from .errors import DataError, FeatureError
+from .svg import ANOMALOUS, BOUNDARY, CSS, MARGIN, NORMAL, SERIES, Chart, inline_svg, new_figure
 
 Image = NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -117,36 +111,6 @@ def _check_picture(image: Image, plane: NDArray[Any], name: str) -> None:
         raise DataError(f"the {name} has the size {list(plane.shape)} but its picture {list(image.shape[:2])}")
 
 
-class Chart(NamedTuple):
-    """One chart of the report.
-
-    Attributes:
-        title: a heading of a few words.
-        svg: an inline <svg> element without ids or addresses from outside; empty where there is nothing to draw.
-        legend: (label, CSS colour) of each series.
-        note: what the reader must know besides: values left out, nothing recorded.
-    """
-
-    title: str
-    svg: str
-    legend: tuple[tuple[str, str], ...]
-    note: str = ""
-
-
-# Colours matplotlib is given, and the CSS variables of the page that replace them in the SVG.
-_INK, _GRID = "#010101", "#020202"
-_NORMAL, _ANOMALOUS, _MARGIN, _BOUNDARY = "#030303", "#040404", "#050505", "#060606"
-_SERIES = ("#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b", "#0c0c0c")
-_CSS = {
-    _INK: "var(--ink-soft)",
-    _GRID: "var(--line)",
-    _NORMAL: "var(--normal)",
-    _ANOMALOUS: "var(--anomalous)",
-    _MARGIN: "var(--margin)",
-    _BOUNDARY: "var(--ink)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, start=1)},
-}
-
 # More points than a chart has pixels only make the file larger.
 _MOST_POINTS = 300
 
@@ -174,28 +138,28 @@ def likelihood_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any], 
     if hidden:
         note = f"{hidden} of {everything.size} patches lie further left. {note}".strip()
 
-    figure, axes = _figure()
+    figure, axes = new_figure()
     edges = np.linspace(low, high, 61)
     legend = []
-    for name, values, color in (("normal", normal, _NORMAL), ("anomalous", anomalous, _ANOMALOUS)):
+    for name, values, color in (("normal", normal, NORMAL), ("anomalous", anomalous, ANOMALOUS)):
         if values.size:
             density = np.histogram(values, edges)[0] / (values.size * np.diff(edges))
             axes.stairs(density, edges, fill=True, color=color, alpha=0.35, linewidth=0)
             axes.stairs(density, edges, color=color, linewidth=1.2)
-            legend.append((name, _CSS[color]))
+            legend.append((name, CSS[color]))
     top = axes.get_ylim()[1] * 1.12
     axes.set_ylim(0, top)
     axes.set_xlim(low, high)
     if b_a is not None and np.isfinite(b_a):
-        axes.axvspan(b_a, b_n, color=_MARGIN, alpha=0.3, linewidth=0)
-        axes.axvline(b_a, color=_BOUNDARY, linewidth=1, linestyle=(0, (3, 2)))
-        axes.text(b_a - pad / 4, top * 0.985, "bₐ", ha="right", va="top", color=_BOUNDARY, fontsize=10)
-        legend.append(("margin", _CSS[_MARGIN]))
-    axes.axvline(b_n, color=_BOUNDARY, linewidth=1)
-    axes.text(b_n + pad / 4, top * 0.985, "bₙ", ha="left", va="top", color=_BOUNDARY, fontsize=10)
+        axes.axvspan(b_a, b_n, color=MARGIN, alpha=0.3, linewidth=0)
+        axes.axvline(b_a, color=BOUNDARY, linewidth=1, linestyle=(0, (3, 2)))
+        axes.text(b_a - pad / 4, top * 0.985, "bₐ", ha="right", va="top", color=BOUNDARY, fontsize=10)
+        legend.append(("margin", CSS[MARGIN]))
+    axes.axvline(b_n, color=BOUNDARY, linewidth=1)
+    axes.text(b_n + pad / 4, top * 0.985, "bₙ", ha="left", va="top", color=BOUNDARY, fontsize=10)
     axes.set_xlabel("log-likelihood of a patch / normalizer")
     axes.set_yticks([])
-    return Chart(title, _svg(figure, f"Densities of log-likelihoods, {title}"), tuple(legend), note)
+    return Chart(title, inline_svg(figure, f"Densities of log-likelihoods, {title}"), tuple(legend), note)
 
 
 def score_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any]) -> Chart:
@@ -203,18 +167,18 @@ def score_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any]) -> Ch
     (normal, anomalous), note = _finite(normal, anomalous)
     if normal.size + anomalous.size == 0:
         return Chart(title, "", (), f"No finite image scores to draw. {note}".strip())
-    figure, axes = _figure()
+    figure, axes = new_figure()
     legend = []
-    for name, values, color, y in (("normal", normal, _NORMAL, 1), ("anomalous", anomalous, _ANOMALOUS, 0)):
+    for name, values, color, y in (("normal", normal, NORMAL, 1), ("anomalous", anomalous, ANOMALOUS, 0)):
         if values.size:
             axes.vlines(values, y - 0.36, y + 0.36, color=color, linewidth=1.3, alpha=0.8)
-            legend.append((f"{name} images ({values.size})", _CSS[color]))
+            legend.append((f"{name} images ({values.size})", CSS[color]))
     axes.set_ylim(-0.55, 1.55)
     axes.set_yticks([])
     axes.grid(False)
     axes.margins(x=0.04)
     axes.set_xlabel("image score")
-    return Chart(title, _svg(figure, f"{title} of normal and anomalous images"), tuple(legend), note)
+    return Chart(title, inline_svg(figure, f"{title} of normal and anomalous images"), tuple(legend), note)
 
 
 def history_chart(title: str, history: Sequence[Mapping[str, float]], prefixes: Sequence[str]) -> Chart:
@@ -238,23 +202,23 @@ def history_chart(title: str, history: Sequence[Mapping[str, float]], prefixes: 
     block = -(-len(steps) // _MOST_POINTS)
     if block > 1:
         notes.append(f"Each point is the mean of {block} records.")
-    if len(curves) > len(_SERIES):
-        notes.append(f"Not drawn: {', '.join(list(curves)[len(_SERIES) :])}.")
+    if len(curves) > len(SERIES):
+        notes.append(f"Not drawn: {', '.join(list(curves)[len(SERIES) :])}.")
 
-    figure, axes = _figure()
+    figure, axes = new_figure()
     legend = []
-    for (key, values), color in zip(curves.items(), _SERIES, strict=False):
+    for (key, values), color in zip(curves.items(), SERIES, strict=False):
         x, y = _block_means(steps, block), _block_means(values, block)
         # A single finite point between gaps would be invisible as a line.
         axes.plot(x, y, color=color, linewidth=1.3, marker="o" if np.isfinite(y).sum() < 3 else None, markersize=2.5)
-        legend.append((_curve_name(key), _CSS[color]))
+        legend.append((_curve_name(key), CSS[color]))
     drawn = np.concatenate(list(curves.values()))
     drawn = drawn[np.isfinite(drawn)]
     if drawn.min() > 0 and drawn.max() > 50 * drawn.min():
         axes.set_yscale("log")
     axes.margins(x=0.02)
     axes.set_xlabel("pass over the training images")
-    return Chart(title, _svg(figure, f"{title} during training"), tuple(legend), " ".join(notes))
+    return Chart(title, inline_svg(figure, f"{title} during training"), tuple(legend), " ".join(notes))
 
 
 def _curve_name(key: str) -> str:
@@ -281,48 +245,3 @@ def _block_means(values: NDArray[np.float64], block: int) -> NDArray[np.float64]
     finite = np.isfinite(rows)
     count = finite.sum(axis=1)
     return np.where(count > 0, np.where(finite, rows, 0.0).sum(axis=1) / np.maximum(count, 1), np.nan)
-
-
-def _figure() -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "report", "the HTML report") from error
-    # A figure made without pyplot belongs to no global list and needs no display.
-    figure = Figure(figsize=(3.4, 2.1), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.tick_params(which="both", colors=_INK, labelsize=8, length=0)
-    axes.xaxis.label.set(color=_INK, fontsize=8)
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> element for the inside of an HTML page."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    # Text stays text: smaller, selectable, and in the page's own font.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    view_box = re.search(r'viewBox="[^"]*"', svg)
-    assert view_box is not None
-    # Addresses of namespaces, fixed sizes, global styles and numbered ids have no place inside a page.
-    svg = f"<svg {view_box[0]}>" + svg[svg.index(">") + 1 :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)
-    svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg)
-    svg = svg.replace("xlink:href", "href")
-    for color, css in _CSS.items():
-        svg = svg.replace(color, css)
-    # The label is ours or a level's name, which matplotlib never saw and therefore did not escape.
-    label = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-import glob
+import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,9 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import IMAGE_SUFFIXES, read_image, resize_image
+from .data import read_image, resize_image
 from .errors import ConfigError, DataError, OutputError
 from .files import make_folder, write_json, write_with
+from .image_list import iterate_images
 from .model import BGAD, Prediction
 from .plots import decision_contour, heat_overlay
 
@@ -29,6 +32,9 @@ CSV_FILE = "scores.csv"
 SCALE_FILE = "maps.json"
 COLUMNS = ("image", "score", "decision", "anomalous_area", "map", "error")
 DECISIONS = ("normal", "margin", "anomalous")
+
+# A temporary file's name is longer than its target's, and file systems allow 255 bytes.
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -46,23 +52,7 @@ def find_images(patterns: Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: a name that matches nothing, or a folder without images.
     """
-    if not patterns:
-        raise DataError("no image to score: name files, folders or globs")
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not images:
-                raise DataError(f"the folder {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        elif path.is_file():
-            images = [path]
-        else:
-            images = [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True)) if Path(p).is_file()]
-            if not images:
-                raise DataError(f"{pattern} is no file, no folder and matches nothing; check the path")
-        found |= dict.fromkeys(images)
-    return list(found)
+    return [Path(path) for path in iterate_images(patterns)]
 
 
 def predict_files(
@@ -97,45 +87,88 @@ def predict_files(
         OutputError: `out` cannot be written, or holds a CSV and `resume` is false.
     """
     model.calibration()  # before anything is written
-    if maps not in get_args(MapFormat):
-        raise ConfigError(f"maps is {maps!r}; choose one of {', '.join(get_args(MapFormat))}")
-    if batch_size < 1 or workers < 1:
-        raise ConfigError(f"batch_size is {batch_size} and workers {workers}; both must be at least 1")
+    check_options(maps, batch_size, workers)
     folder = make_folder(out)
     table = folder / CSV_FILE
     if table.exists() and not resume:
         raise OutputError(f"{table} exists already; choose another folder, or --resume to score only what it lacks")
     finished = _finished(table) if resume else set()
     waiting = [path for path in images if str(path) not in finished]
-    low, high = _map_range(model)
     if maps == "png16":
-        write_json(folder / SCALE_FILE, {"score": "low + (high - low) * value / 65535", "low": low, "high": high})
-    names = _map_names(images)
+        write_scale(folder, model)
     failed: list[str] = []
-    scored = 0
-    with ThreadPoolExecutor(workers, thread_name_prefix="fastbgad-predict") as pool, _CsvWriter(table) as rows:
-        for batch in _batches(waiting, batch_size, pool):
+    batches = score_images(model, waiting, map_names(images), folder, maps=maps, batch_size=batch_size, workers=workers)
+    with _CsvWriter(table) as rows:
+        for lines in batches:
+            rows.write(lines)
+            failed += [line[-1] for line in lines if line[-1]]
+            if on_images is not None:
+                on_images(len(lines))
+    scored = len(waiting) - len(failed)
+    return PredictionSummary(scored, len(images) - len(waiting), tuple(failed))
+
+
+def check_options(maps: str, batch_size: int, workers: int) -> None:
+    """Raises `ConfigError` for an unknown format of maps, a batch size or a number of threads below 1."""
+    if maps not in get_args(MapFormat):
+        raise ConfigError(f"maps is {maps!r}; choose one of {', '.join(get_args(MapFormat))}")
+    if batch_size < 1 or workers < 1:
+        raise ConfigError(f"batch_size is {batch_size} and workers {workers}; both must be at least 1")
+
+
+def score_images(
+    model: BGAD,
+    images: Sequence[Path],
+    names: Mapping[Path, str],
+    folder: Path,
+    *,
+    maps: MapFormat,
+    batch_size: int,
+    workers: int,
+) -> Iterator[list[list[str]]]:
+    """Scores images and writes their maps; yields the CSV lines (`COLUMNS`) of a batch once its maps are written.
+
+    While the model works on a batch, `workers` threads decode the next one and write the maps of the last one, so at
+    most three batches of decoded images are in memory.
+
+    Args:
+        names: of every image the name of its map below `maps/`, without a suffix.
+        folder: where the maps go.
+    """
+    scale = _map_range(model)
+    with ThreadPoolExecutor(workers, thread_name_prefix="fastbgad-predict") as pool:
+        unwritten: list[Callable[[], list[str]]] = []
+        for batch in _batches(images, batch_size, pool):
             good = [(path, image) for path, image in batch if not isinstance(image, DataError)]
-            lines = []
+            lines: dict[Path, Callable[[], list[str]]] = {}
             if good:
                 resized = [resize_image(image, model.image_size) for _, image in good]
                 stacked = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
                 prediction = _to_cpu(model.predict(stacked))
-                jobs = [
-                    pool.submit(_write_map, folder, names[path], maps, image, prediction, i, (low, high))
-                    for i, (path, image) in enumerate(good)
-                ]
-                written = [job.result() for job in jobs]
-                lines += [_line(path, prediction, i, written[i]) for i, (path, _) in enumerate(good)]
-                scored += len(good)
-            for path, error in batch:
-                if isinstance(error, DataError):
-                    failed.append(str(error))
-                    lines.append([str(path), "", "", "", "", str(error)])
-            rows.write(lines)
-            if on_images is not None:
-                on_images(len(batch))
-    return PredictionSummary(scored, len(images) - len(waiting), tuple(failed))
+                for i, (path, image) in enumerate(good):
+                    job = pool.submit(_write_map, folder, names[path], maps, image, prediction, i, scale)
+                    lines[path] = partial(_line_of, path, prediction, i, job)
+            if unwritten:
+                yield [line() for line in unwritten]
+            unwritten = [
+                partial(_failed_line, path, image) if isinstance(image, DataError) else lines[path]
+                for path, image in batch
+            ]
+        if unwritten:
+            yield [line() for line in unwritten]
+
+
+def write_scale(folder: Path, model: BGAD) -> None:
+    """Writes `maps.json`: how the values of "png16" maps become scores again."""
+    low, high = _map_range(model)
+    write_json(folder / SCALE_FILE, {"score": "low + (high - low) * value / 65535", "low": low, "high": high})
+
+
+def csv_bytes(lines: Sequence[Sequence[str]]) -> bytes:
+    """CSV lines in UTF-8; a file name that is not UTF-8 keeps its bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 def _batches(
@@ -157,10 +190,14 @@ def _batches(
         yield [(path, job.result()) for path, job in current]
 
 
-def _line(path: Path, prediction: Prediction, i: int, map_name: str) -> list[str]:
+def _line_of(path: Path, prediction: Prediction, i: int, map_name: Future[str]) -> list[str]:
     area = float((prediction.decision[i] == 2).float().mean())
     score = float(prediction.image_score[i])
-    return [str(path), f"{score:.7g}", DECISIONS[int(prediction.image_side[i])], f"{area:.6f}", map_name, ""]
+    return [str(path), f"{score:.7g}", DECISIONS[int(prediction.image_side[i])], f"{area:.6f}", map_name.result(), ""]
+
+
+def _failed_line(path: Path, error: DataError) -> list[str]:
+    return [str(path), "", "", "", "", str(error)]
 
 
 def _write_map(
@@ -198,24 +235,30 @@ def _map_range(model: BGAD) -> tuple[float, float]:
     return 0.0, max(float(model.offset), 1e-6)
 
 
-def _map_names(images: Sequence[Path]) -> dict[Path, str]:
-    """A file name per image: its stem, or its whole path with the separators replaced where stems collide."""
-    stems: dict[str, int] = {}
-    for path in images:
-        stems[path.stem] = stems.get(path.stem, 0) + 1
-    return {
-        path: path.stem
-        if stems[path.stem] == 1
-        else "_".join(path.with_suffix("").parts).replace(os.sep, "").strip("_")
-        for path in images
-    }
+def map_names(images: Sequence[Path]) -> dict[Path, str]:
+    """A file name per image, no two alike: its stem, or its whole path, separators replaced, where stems collide.
+
+    Where that is not unique either (a.png beside a.jpg), or too long for a file system, a digest of the path stands at
+    the end.
+    """
+    stems = Counter(path.stem for path in images)
+    names = {path: path.stem if stems[path.stem] == 1 else _joined(path) for path in images}
+    users = Counter(names.values())
+    for path, name in names.items():
+        if users[name] > 1 or len(os.fsencode(name)) > _LONGEST_NAME:
+            names[path] = f"{name[-40:]}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+    return names
+
+
+def _joined(path: Path) -> str:
+    return "_".join(path.with_suffix("").parts).replace(os.sep, "").strip("_")
 
 
 def _finished(table: Path) -> set[str]:
     """The images that an earlier call finished; a last line cut short by a crash does not count."""
     if not table.exists():
         return set()
-    with table.open(newline="", encoding="utf-8") as file:
+    with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return {row["image"] for row in csv.DictReader(file) if row["map"] is not None and row["error"] == ""}
 
 
@@ -252,10 +295,8 @@ class _CsvWriter:
         return self
 
     def write(self, lines: Sequence[Sequence[str]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(lines)
         try:
-            self.file.write(text.getvalue().encode())
+            self.file.write(csv_bytes(lines))
             self.file.flush()
         except OSError as error:
             raise self._error(error) from error

@@ -5,12 +5,9 @@ No script, no address outside the file: photographs are JPEGs and charts SVGs in
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from . import plots
-from .errors import ConfigError, DataError, FeatureError, MissingDependencyError
+from .errors import ConfigError, DataError, FeatureError
 from .files import write_text
-
-_THUMBNAIL = 256  # longest side of a picture in the report, pixels
-_JPEG_QUALITY = 82
+from .html_page import css_color, flat_items, render
+from .thumbnails import jpeg_address, shrink_map, shrink_mask, thumbnail
 
 _METRIC_NAMES = {"image_auroc": "Image AUROC", "pixel_auroc": "Pixel AUROC", "aupro": "AUPRO"}
 _NOT_METRICS = ("pro_limit", "n_images", "n_anomalous", "n_regions")
@@ -118,10 +114,6 @@ def write_report(path: str | Path, runs: Sequence[RunReport], title: str, max_im
         FeatureError: an anomaly map holds NaN or Inf.
         OutputError: the file cannot be written; what was there before stays.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError("jinja2", "report", "the HTML report") from error
     if not runs:
         raise ConfigError("a report needs at least one run")
     seen = [(run.category, run.method) for run in runs]
@@ -130,19 +122,18 @@ def write_report(path: str | Path, runs: Sequence[RunReport], title: str, max_im
 
     methods = list(dict.fromkeys(run.method for run in runs))
     categories = list(dict.fromkeys(run.category for run in runs))
-    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(template).render(
+    page = render(
+        "report.html.jinja",
         title=title,
         methods=methods,
         tables=list(_metric_tables(runs, categories, methods)),
         sections=[_section([run for run in runs if run.category == name], max_images) for name in categories],
         config=_comparison(runs, lambda run: run.config),
         versions=_comparison(runs, lambda run: run.versions),
-        heat_gradient=", ".join(_css(color) for color in plots.HEAT_COLORS),
-        ground_truth_color=_css(plots.GROUND_TRUTH_COLOR),
-        margin_color=_css(plots.MARGIN_COLOR),
-        anomalous_color=_css(plots.ANOMALOUS_COLOR),
+        heat_gradient=", ".join(css_color(color) for color in plots.HEAT_COLORS),
+        ground_truth_color=css_color(plots.GROUND_TRUTH_COLOR),
+        margin_color=css_color(plots.MARGIN_COLOR),
+        anomalous_color=css_color(plots.ANOMALOUS_COLOR),
     )
     write_text(path, page)
 
@@ -225,15 +216,15 @@ def _inwards(members: Sequence[ImageRow]) -> Iterator[ImageRow]:
 
 
 def _sample(row: ImageRow, runs: Sequence[RunReport], by_run: Sequence[Mapping[str, ImageRow]]) -> dict[str, Any]:
-    photo = _thumbnail(row.image, row.name)
-    panels = [{"caption": "Input", "alt": f"photograph {row.name}", "src": _jpeg(photo)}]
+    photo = thumbnail(row.image, row.name)
+    panels = [{"caption": "Input", "alt": f"photograph {row.name}", "src": jpeg_address(photo)}]
     if row.mask is None:
         panels.append({"caption": "Ground truth", "alt": "", "src": "", "missing": "no mask"})
     else:
         _require_size(row.mask, row, "mask")
-        truth = plots.mask_contour(photo, _shrink_mask(row.mask, photo))
+        truth = plots.mask_contour(photo, shrink_mask(row.mask, photo))
         alt = f"{row.name} with the true defect outlined" if row.mask.any() else f"{row.name}, no defect"
-        panels.append({"caption": "Ground truth", "alt": alt, "src": _jpeg(truth)})
+        panels.append({"caption": "Ground truth", "alt": alt, "src": jpeg_address(truth)})
     for run, rows in zip(runs, by_run, strict=True):
         own = rows.get(row.name)
         if own is None:
@@ -246,7 +237,7 @@ def _sample(row: ImageRow, runs: Sequence[RunReport], by_run: Sequence[Mapping[s
         _require_size(own.decision, own, "decision")
         if not np.isfinite(own.anomaly_map).all():
             raise FeatureError(f"report: the anomaly map of {own.name} holds NaN or Inf; score the image again")
-        heat = plots.heat_overlay(photo, _shrink_map(own.anomaly_map, photo), *run.map_range)
+        heat = plots.heat_overlay(photo, shrink_map(own.anomaly_map, photo), *run.map_range)
         decision = plots.decision_contour(photo, _shrink_decision(own.decision, photo))
         shares = f"{np.mean(own.decision == 1):.1%} in the margin, {np.mean(own.decision == 2):.1%} beyond b_a"
         panels += [
@@ -254,12 +245,12 @@ def _sample(row: ImageRow, runs: Sequence[RunReport], by_run: Sequence[Mapping[s
                 "caption": f"{run.method} map",
                 "score": _number(own.score),
                 "alt": f"anomaly map of {row.name} by {run.method}, image score {_number(own.score)}",
-                "src": _jpeg(heat),
+                "src": jpeg_address(heat),
             },
             {
                 "caption": f"{run.method} decision",
                 "alt": f"decision of {run.method} on {row.name}: {shares}",
-                "src": _jpeg(decision),
+                "src": jpeg_address(decision),
             },
         ]
     return {"name": row.name, "defect": row.defect, "label": row.label, "panels": panels}
@@ -284,7 +275,7 @@ def _run(run: RunReport) -> dict[str, Any]:
 
 def _comparison(runs: Sequence[RunReport], of: Any) -> list[tuple[str, list[tuple[str, str]]]]:
     """(key, [(runs, value)]): one entry where all runs agree (its runs are ""), else one per distinct value."""
-    flat = [dict(_flatten(of(run))) for run in runs]
+    flat = [dict(flat_items(of(run))) for run in runs]
     table = []
     for key in dict.fromkeys(key for entry in flat for key in entry):
         owners: dict[str, list[str]] = {}
@@ -293,33 +284,6 @@ def _comparison(runs: Sequence[RunReport], of: Any) -> list[tuple[str, list[tupl
         one = len(owners) == 1
         table.append((key, [("" if one else ", ".join(names), value) for value, names in owners.items()]))
     return table
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _thumbnail(image: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise DataError(f"report: the picture of {name} must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-    small = Image.fromarray(image)
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-    return np.asarray(small)
-
-
-def _shrink_map(anomaly_map: NDArray[Any], photo: NDArray[np.uint8]) -> NDArray[np.float32]:
-    plane = Image.fromarray(np.ascontiguousarray(anomaly_map, dtype=np.float32))
-    return np.asarray(plane.resize((photo.shape[1], photo.shape[0]), Image.Resampling.BILINEAR))
-
-
-def _shrink_mask(mask: NDArray[Any], photo: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    plane = Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
-    # Any share counts: a defect one pixel wide must not vanish from the thumbnail.
-    return np.asarray(plane.resize((photo.shape[1], photo.shape[0]), Image.Resampling.BOX)) > 0
 
 
 def _shrink_decision(decision: NDArray[Any], photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -331,17 +295,6 @@ def _require_size(plane: NDArray[Any], row: ImageRow, name: str) -> None:
     if plane.shape != row.image.shape[:2]:
         picture = list(row.image.shape[:2])
         raise DataError(f"report: the {name} of {row.name} has the size {list(plane.shape)}, its picture {picture}")
-
-
-def _jpeg(image: NDArray[np.uint8]) -> str:
-    """The picture as a data address. Full chroma: thin coloured outlines blur without it."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _css(color: tuple[int, int, int]) -> str:
-    return f"rgb({color[0]} {color[1]} {color[2]})"
 
 
 def _percent(value: float) -> str:

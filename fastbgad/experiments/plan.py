@@ -19,6 +19,9 @@ class RowPlan:
     method: str
     """As in published.csv: NFAD, BGAD_wo, BGAD_dagger, BGAD, PaDiM, ..."""
     cells: tuple[Cell, ...]
+    comparable: bool = True
+    """False where the published number was measured otherwise (a mean over more categories, another number of known
+    anomalies): their difference would mean nothing."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..evaluation import CalibrationName
+from ..ops import Precision
 from .cells import Cell, Value
 
 
@@ -35,6 +36,9 @@ class Setup:
     """Largest false-positive rate of the AUPRO integral."""
     training: TrainConfig = field(default_factory=TrainConfig)
     """Flow, losses, schedule and anomalies; method, seed and number of known anomalies are those of each cell."""
+    precision: Precision = "float16"
+    """Operands of the flows' matrix products: float16 (kernels on a GPU; float32 on a CPU), float32, or bfloat16, with
+    which CPUs that have such instructions train faster."""
 
     def __post_init__(self) -> None:
         if self.calibration not in get_args(CalibrationName):

@@ -1,0 +1,261 @@
+"""anomalib's models, its Engine, and what has to be held back of both: files, bars, messages, signals."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tempfile
+import time
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from ..backbones.weights import hub_overlay
+from ..data import Split
+from ..errors import BackboneError, DataError, MissingDependencyError
+from . import cflow_ad
+from .cells import PEERS
+from .peer_data import SplitData
+from .peer_recipes import Recipe
+
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that anomalib imports
+        import anomalib.models.components.sampling.k_center_greedy as coreset_module
+        import anomalib.models.image.cfa.torch_model as cfa_module
+        from anomalib.engine import Engine
+        from anomalib.models import Cfa, Cflow, Draem, Padim, Patchcore
+        from lightning.pytorch import Callback
+        from lightning.pytorch.plugins.environments import LightningEnvironment
+        from lightning.pytorch.strategies import SingleDeviceStrategy
+except ModuleNotFoundError as error:
+    package = (error.name or "anomalib").partition(".")[0]
+    raise MissingDependencyError(package, "peers", "a method of another author") from error
+
+_HUB_TIMEOUT = 10.0  # seconds until the hub counts as unreachable
+# Lightning exists under several names, and what it says may come from any of them.
+_LOGGERS = ("anomalib", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+# No pre-processing (images come ready), no normalised maps, no thresholds, no metrics, no pictures.
+_BARE: dict[str, Any] = {"pre_processor": False, "post_processor": False, "evaluator": False, "visualizer": False}
+
+
+class Job(NamedTuple):
+    """What to run, and where."""
+
+    method: str
+    recipe: Recipe
+    pretrained: bool
+    size: tuple[int, int]
+    device: torch.device
+    workers: int
+    anomaly_source: Path | None
+
+
+def train_and_score(job: Job, split: Split) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Maps [n, H, W] and image scores [n] of the test images, float32 on the CPU, and facts of the run.
+
+    See `run_peer` for what is raised.
+    """
+    recipe = job.recipe
+    batch_size = min(recipe.batch_size, len(split.normals))
+    data: Any = SplitData(  # not a datamodule of anomalib, which would sort the images and divide them anew
+        split,
+        job.size,
+        batch_size,
+        normalise=recipe.backbone is not None,
+        whole_batches=job.method == "cflow_ad",
+        workers=job.workers,
+    )
+    with _held_back(), tempfile.TemporaryDirectory(prefix="fastbgad-peer-") as folder:
+        model = _build(job, Path(folder))
+        recorder = cflow_ad.prepare(model, job.size, batch_size) if job.method == "cflow_ad" else None
+        collector = _Collector()
+        engine = Engine(
+            callbacks=[collector],
+            default_root_dir=folder,
+            max_epochs=recipe.epochs,
+            accelerator="gpu" if job.device.type == "cuda" else job.device.type,
+            devices=1,
+            # The device itself, since some models insist on `devices=1`, which alone would mean the first GPU.
+            strategy=SingleDeviceStrategy(job.device),
+            # One process, also where torchrun or SLURM started several: each runs cells of its own.
+            plugins=[LightningEnvironment()],
+            barebones=True,  # no checkpoints, loggers, bars or summaries
+        )
+        start = time.perf_counter()
+        with _interrupts(engine):
+            engine.fit(model, datamodule=data)
+        trained = time.perf_counter()
+        with _interrupts(engine):
+            engine.predict(model, datamodule=data, return_predictions=False)
+        maps, image_scores = collector.result()
+    if recorder is not None:
+        maps = recorder.maps(job.size)
+        image_scores = maps.amax(dim=(1, 2))
+    facts: dict[str, Any] = {
+        "backbone": recipe.backbone or "none",
+        "epochs": recipe.epochs,
+        "anomalib": metadata.version("anomalib"),
+        "training_images": len(split.normals),
+        "batch_size": batch_size,
+        "training_seconds": round(trained - start, 3),
+        "scoring_seconds": round(time.perf_counter() - trained, 3),
+    }
+    if job.method == "draem":
+        facts["anomaly_source"] = "noise" if job.anomaly_source is None else job.anomaly_source.name
+    return maps, image_scores, facts
+
+
+class _Collector(Callback):
+    """Keeps scores of every predicted batch, and none of its images."""
+
+    def __init__(self) -> None:
+        self._maps: list[Tensor] = []
+        self._scores: list[Tensor] = []
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        maps = outputs.anomaly_map
+        self._maps.append(maps.detach().reshape(-1, *maps.shape[-2:]).float().cpu())
+        self._scores.append(outputs.pred_score.detach().reshape(-1).float().cpu())
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return torch.cat(self._maps), torch.cat(self._scores)
+
+
+# ---------------------------------------------------------------- models
+
+
+def _build(job: Job, folder: Path) -> Any:
+    """The untrained model; raises `BackboneError` if its backbone, or the weights of it, cannot be had."""
+    if job.method == "draem":
+        return _draem(job.anomaly_source, folder)
+    backbone = job.recipe.backbone
+    assert backbone is not None
+    if job.method == "cfa":
+        return _cfa(backbone, job.pretrained)
+    label = PEERS[job.method]
+    if job.pretrained:
+        try:
+            hub_overlay(backbone)  # asks the hub once, where timm would try for minutes
+        except BackboneError as error:
+            raise _no_weights(label, backbone, error) from error
+    models = {"padim": Padim, "patchcore": Patchcore, "cflow_ad": Cflow}
+    try:
+        return models[job.method](backbone=backbone, pre_trained=job.pretrained, **_BARE)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise _no_backbone(label, backbone, error) from error
+
+
+def _draem(source: Path | None, folder: Path) -> Any:
+    if source is None:
+        # Given a folder without images, anomalib pastes noise; given none, it downloads textures.
+        source = folder / "textures"
+        source.mkdir()
+        return Draem(dtd_dir=source, **_BARE)
+    if not source.is_dir():
+        raise DataError(f"the folder {source} of textures for DRAEM does not exist; check the path, or leave it out")
+    model = Draem(dtd_dir=source, **_BARE)
+    if not model.augmenter.anomaly_source_paths:
+        raise DataError(f"{source} holds no textures (jpg, png, ...) for DRAEM; check the path, or leave it out")
+    return model
+
+
+def _cfa(backbone: str, pretrained: bool) -> Any:
+    """anomalib's CFA, which knows pretrained weights only: untrained ones are put in its way."""
+    try:
+        if not pretrained:
+            with _replaced(cfa_module, "get_feature_extractor", _untrained_extractor):
+                return Cfa(backbone, **_BARE)
+        if backbone in cfa_module.SUPPORTED_BACKBONES:
+            _ask_torchvision(torchvision.models.get_model_weights(backbone).DEFAULT.url)
+        return Cfa(backbone, **_BARE)
+    except OSError as error:  # of urllib
+        raise _no_weights("CFA", backbone, error) from error
+    except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
+        raise _no_backbone("CFA", backbone, error) from error
+
+
+def _untrained_extractor(backbone: str, return_nodes: list[str]) -> Any:
+    network = torchvision.models.get_model(backbone, weights=None)
+    return create_feature_extractor(network, return_nodes=return_nodes).eval()
+
+
+def _ask_torchvision(url: str) -> None:
+    """Asks whether weights that are not kept here can be had: PyTorch's own download waits without limit."""
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file():
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_TIMEOUT).close()
+
+
+def _no_weights(label: str, backbone: str, error: Exception) -> BackboneError:
+    reason = str(error).partition(";")[0] or type(error).__name__
+    return BackboneError(
+        f"{label} starts from pretrained weights of {backbone}, and they cannot be had ({reason}); run it once on a "
+        "machine that reaches the hub and copy its cache, use weights=random for an untrained network, or leave "
+        f"{label} out"
+    )
+
+
+def _no_backbone(label: str, backbone: str, error: Exception) -> BackboneError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BackboneError(f"anomalib cannot build {label} on {backbone} ({reason}); choose another peer.backbone")
+
+
+# ---------------------------------------------------------------- what is held back
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """No messages below an error, no warnings, no bars, from anomalib and Lightning."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for module in (cfa_module, coreset_module):
+            stack.enter_context(_replaced(module, "tqdm", _no_bar))
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _no_bar(items: Any, *_: Any, **__: Any) -> Any:
+    return items
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+@contextmanager
+def _interrupts(engine: Engine) -> Iterator[None]:
+    """Ctrl-C and a request to terminate as if Lightning were not there.
+
+    It turns the first into an exit, and the second into a note that it may never read again.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    if engine.trainer.received_sigterm and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.raise_signal(signal.SIGTERM)
