@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 
 # Tests use one thread each, so every core runs some of them.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -65,6 +65,11 @@ class Train:
 
     fastbgad train --data mvtec --category screw --out runs/screw --resume
 
+    torchrun --nproc-per-node 4 -m fastbgad train --data mvtec --category screw --out runs/screw
+
+    The last one shares a training among four GPUs (or processes): each keeps a part of the images, and the boundary is
+    that of all rows, so the result is that of one process but for rounding.
+
     Layouts: MVTec AD (CATEGORY/train/good, test/TYPE, ground_truth/TYPE), BTAD (CATEGORY/train/ok, test/ko,
     ground_truth/ko), or a plain folder with normal/, anomalous/ and masks/.
     """
@@ -98,7 +103,8 @@ class Train:
     impl: Impl = "auto"
     """Implementation of the operations; auto takes the fastest there is: triton on a GPU, torch elsewhere."""
     precision: Precision = "float16"
-    """Operands of the kernels' matrix products on a GPU: float16 (sums in float32), or float32."""
+    """Operands of the flows' matrix products: on a GPU float16 (sums in float32) or float32; on a CPU both are float32,
+    and bfloat16 trains faster where the processor has instructions for it."""
     placement: Placement = "auto"
     """Where extracted features are kept."""
     workers: int = 2

@@ -20,6 +20,7 @@ from .cli import Bench, Command, Convert, Demo, Evaluate, Export, Info, Predict,
 from .config import METHOD_NAMES, TrainConfig, demo_preset
 from .convert import convert
 from .data import Sample, Split, make_demo_dataset, open_category, split_known_anomalies
+from .data_parallel import process_group
 from .environment import choose_device, machine, versions
 from .errors import ConfigError
 from .evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
@@ -30,6 +31,7 @@ from .metrics import official_pro
 from .model import BGAD
 from .predict_command import predict_by_ray, print_outcome
 from .prediction import find_images, predict_files
+from .ranks import device_of, find_place, threads_of
 from .report import RunReport, write_report
 from .training import MODEL_FILE, STATE_FILE, FitResult, fit
 
@@ -52,33 +54,25 @@ def run(command: Command) -> int:
 @run.register
 def _train(command: Train) -> int:
     config = command.training
-    category = open_category(command.data, command.category, command.layout, command.check)
+    place = find_place()
+    device = device_of(place, command.device)
+    threads = threads_of(place)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # Each file need be checked by one process only.
+    check = command.check if place.is_first else "none"
+    category = open_category(command.data, command.category, command.layout, check)
     wanted = config.anomalies.num_anomalies if config.uses_anomalies else 0
     split = split_known_anomalies(category, wanted, config.anomalies.per_type, config.seed, command.types or None)
-    device = choose_device(command.device)
-    options: dict[str, Any] = {}
-    if command.backbone != "gabor":
-        options = {
-            "weights": command.weights,
-            "seed": config.seed,
-            "dtype": command.dtype,
-            "compile": command.compile,
-        }
-    backbone = create_backbone(command.backbone, command.levels, **options).to(device)
-    model = BGAD(
-        backbone,
-        command.image_size,
-        flow=config.flow,
-        normalizer=config.loss.normalizer,
-        seed=config.seed,
-        impl=command.impl,
-        precision=command.precision,
-    ).to(device)
-    print(
-        f"{category.name}: {len(split.normals)} normal images, {len(split.known_anomalies)} known anomalies, "
-        f"{len(split.test)} test images; {METHOD_NAMES[config.method]} on {device}"
-    )
-    with console.training_bar(category.name) as on_progress:
+    model = _new_model(command, device)
+    if place.is_first:
+        shared = f", {place.world} processes" if place.world > 1 else ""
+        print(
+            f"{category.name}: {len(split.normals)} normal images, {len(split.known_anomalies)} known anomalies, "
+            f"{len(split.test)} test images; {METHOD_NAMES[config.method]} on {device}{shared}"
+        )
+    bar = console.training_bar(category.name) if place.is_first else nullcontext()
+    with process_group(place, device) as parallel, bar as on_progress:
         result = fit(
             model,
             split,
@@ -87,8 +81,11 @@ def _train(command: Train) -> int:
             resume=command.resume,
             placement=command.placement,
             workers=command.workers,
+            parallel=parallel,
             on_progress=on_progress,
         )
+    if not place.is_first:
+        return 0
     evaluation = _evaluate_with_bar(category.name, model, split.test, command.workers)
     _write_metrics(command.out, model, evaluation, result)
     _print_metrics([(category.name, METHOD_NAMES[config.method], evaluation)])
@@ -98,6 +95,27 @@ def _train(command: Train) -> int:
         print(f"report: {command.out / REPORT_FILE}")
     print(f"model:  {command.out / MODEL_FILE}")
     return 0
+
+
+def _new_model(command: Train, device: torch.device) -> BGAD:
+    config = command.training
+    options: dict[str, Any] = {}
+    if command.backbone != "gabor":
+        options = {
+            "weights": command.weights,
+            "seed": config.seed,
+            "dtype": command.dtype,
+            "compile": command.compile,
+        }
+    return BGAD(
+        create_backbone(command.backbone, command.levels, **options).to(device),
+        command.image_size,
+        flow=config.flow,
+        normalizer=config.loss.normalizer,
+        seed=config.seed,
+        impl=command.impl,
+        precision=command.precision,
+    ).to(device)
 
 
 def _evaluate_with_bar(title: str, model: BGAD, samples: Sequence[Sample], workers: int, **options: Any) -> Evaluation:

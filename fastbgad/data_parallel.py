@@ -8,7 +8,8 @@ Gradients of weights are added up by DistributedDataParallel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,9 +18,34 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConfigError
+from .ranks import Place
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+@contextmanager
+def process_group(place: Place, device: torch.device) -> Iterator[DataParallel | None]:
+    """The processes that torchrun started with this one, as a group for the length of a block; None for one alone.
+
+    Raises:
+        ConfigError: they were started by something else, which does not say where they find each other.
+    """
+    if place.world == 1:
+        yield None
+        return
+    if place.launcher != "torchrun":
+        raise ConfigError(
+            f"{place.launcher} started {place.world} processes; to share a training, start them with torchrun "
+            "(`srun torchrun --nnodes N --nproc-per-node G -m fastbgad train ...`, one task per machine)"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield DataParallel()
+    finally:
+        dist.destroy_process_group()
 
 
 class SharedRows(NamedTuple):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastbgad.errors import ConfigError
-from fastbgad.experiments.ranks import Place, device_of, find_place, threads_of
+from fastbgad.experiments.claims import launch_age
+from fastbgad.ranks import Place, device_of, find_place, threads_of
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
@@ -18,7 +19,7 @@ def test_a_process_alone() -> None:
     place = find_place({"RANK": "3"})
     assert place == Place()
     assert place.is_first
-    assert place.age == 0
+    assert launch_age(place) == 0
     assert threads_of(place, {}) is None
 
 
@@ -26,7 +27,7 @@ def test_torchrun() -> None:
     place = find_place(SLURM | TORCHRUN)
     assert place == Place(5, 8, 1, 4, "torchrun")
     assert not place.is_first
-    assert place.age > 0
+    assert launch_age(place) > 0
 
 
 @pytest.mark.parametrize(

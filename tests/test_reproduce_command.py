@@ -22,8 +22,8 @@ from fastbgad.experiments.command import plans_of
 from fastbgad.experiments.ledger import Ledger
 from fastbgad.experiments.plan import cells_of
 from fastbgad.experiments.protocol import names, table_names
-from fastbgad.experiments.ranks import Place
 from fastbgad.experiments.setup import Setup
+from fastbgad.ranks import Place
 from tests.cells import FakeRunner, result_of
 from tests.miniature import make_miniature
 

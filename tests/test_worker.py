@@ -17,9 +17,9 @@ from fastbgad.errors import BackboneError, DataError, FeatureError
 from fastbgad.experiments.cells import Cell, CellResult
 from fastbgad.experiments.claims import Claim
 from fastbgad.experiments.ledger import Ledger
-from fastbgad.experiments.ranks import Place
 from fastbgad.experiments.setup import Setup
 from fastbgad.experiments.worker import Outcome, jobs_of, work
+from fastbgad.ranks import Place
 from fastbgad.training import InterruptedTraining, Progress
 from tests.cells import FakeRunner, empty_category, result_of, some_cells
 
@@ -150,7 +150,7 @@ def test_a_failed_training_is_recorded_and_the_rest_goes_on(ledger: Ledger, erro
 
 
 def test_other_processes_of_a_launch_do_not_retry(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastbgad.experiments.ranks.process_age", lambda pid: 5.0)
+    monkeypatch.setattr("fastbgad.experiments.claims.process_age", lambda pid: 5.0)
     ledger.fail(CELLS[0].training_key, "diverged")
     fakes = Fakes()
     outcome = run(ledger, fakes, place=OTHER_RANK)
@@ -168,7 +168,7 @@ def test_a_failure_of_the_last_moment_is_not_retried(ledger: Ledger, monkeypatch
             ledger.fail(key, "diverged")
         return take(key)
 
-    monkeypatch.setattr("fastbgad.experiments.ranks.process_age", lambda pid: 5.0)
+    monkeypatch.setattr("fastbgad.experiments.claims.process_age", lambda pid: 5.0)
     monkeypatch.setattr(ledger, "claim", claim)
     fakes = Fakes()
     assert run(ledger, fakes, place=OTHER_RANK).failed == {CELLS[0].training_key: "diverged"}

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..errors import OutputError
 from ..files import make_folder, write_json
+from ..ranks import Place
 
 HEARTBEAT = 20.0
 """Seconds between two signs of life of a holder."""
@@ -208,6 +209,12 @@ def process_start(pid: int) -> int | None:
         return None
     # Z and X: it has ended, and only its parent has not asked how.
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def launch_age(place: Place) -> float:
+    """Seconds since processes were launched together, as far as this machine can tell; 0 for one alone."""
+    # The launcher is the parent. It started before any of the processes it launches could fail at something.
+    return process_age(os.getppid()) if place.world > 1 else 0.0
 
 
 def process_age(pid: int) -> float:

@@ -18,6 +18,7 @@ from ..cli_reproduce import Reproduce
 from ..data import Category
 from ..environment import machine, versions
 from ..errors import ConfigError
+from ..ranks import Place, device_of, find_place, threads_of
 from ..training import Progress
 from .cells import Cell, Dataset
 from .dry_run import forecast, print_forecast
@@ -26,7 +27,6 @@ from .outputs import print_plans, write_outputs
 from .plan import Plan, cells_of
 from .protocol import make_plan, table_names
 from .protocol_file import dataset_facts, protocol_source, read_protocol
-from .ranks import Place, device_of, find_place, threads_of
 from .run import CellRunner
 from .setup import Setup
 from .sources import Sources, find_sources

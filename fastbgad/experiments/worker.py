@@ -19,10 +19,11 @@ import torch
 from ..config import METHOD_NAMES
 from ..data import Category
 from ..errors import ConfigError, FastBGADError
+from ..ranks import Place
 from ..training import InterruptedTraining, Progress
 from .cells import PEERS, Cell, CellResult, Dataset
+from .claims import launch_age
 from .ledger import Ledger
-from .ranks import Place
 from .sources import Place as CategoryPlace
 from .sources import places_of
 
@@ -140,7 +141,7 @@ class _Worker:
     ) -> None:
         self.ledger, self.open_category, self.make_runner, self.report = ledger, open_category, make_runner, report
         self.cells = tuple(dict.fromkeys(cells))
-        self.launched = ledger.clock() - place.age
+        self.launched = ledger.clock() - launch_age(place)
         self.tried: set[str] = set()
         self.done, self.title = 0, ""
         self.outcome = Outcome()

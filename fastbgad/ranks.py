@@ -1,7 +1,8 @@
 """Which of several processes this one is, when torchrun or SLURM starts them.
 
-The processes form no group and send each other nothing: they share a run's folder (`fastbgad.experiments.ledger`). The
-number of a process only decides where it begins, which GPU it takes and that one of them prints.
+`fastbgad train` makes a group of them, which shares a run (`fastbgad.data_parallel`). `fastbgad reproduce` makes none:
+its processes share a folder (`fastbgad.experiments.ledger`), and the number of a process only decides where it begins,
+which GPU it takes and that one of them prints.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..environment import choose_device
-from ..errors import ConfigError
-from .claims import process_age
+from .environment import choose_device
+from .errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,6 @@ class Place:
     def is_first(self) -> bool:
         """Whether this is the process that prints."""
         return self.rank == 0
-
-    @property
-    def age(self) -> float:
-        """Seconds since the processes were launched together, as far as this machine can tell; 0 for one alone."""
-        # The launcher is the parent. It started before any of the processes it launches could fail at something.
-        return process_age(os.getppid()) if self.world > 1 else 0.0
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
