@@ -163,7 +163,7 @@ def record_launch(command: Reproduce, ledger: Ledger, plans: Sequence[Plan], pla
         "versions": versions(),
         "protocols": [_protocol_facts(plan, name) for plan, name in zip(plans, _names(command, plans), strict=True)],
     }
-    ledger.record_launch(f"{started:%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}", facts)
+    ledger.record_launch(f"{started:%Y%m%dT%H%M%S.%f}-{socket.gethostname()}-{os.getpid()}", facts)
     return facts
 
 
