@@ -54,6 +54,7 @@ def reproduce(command: Reproduce) -> int:
         _run(command, ledger, cells, sources, device, place, None)
         return 0
     facts = record_launch(command, ledger, plans, place)
+    ledger.results(cells)  # sets damaged ones aside, so that they are counted as missing
     _print_head(ledger, plans, device, place)
     with console.cell_bar(len(cells)) as on_cells:
         outcome = _run(command, ledger, cells, sources, device, place, on_cells)
