@@ -5,15 +5,20 @@ The CUDA graph itself is replaced by one that records the function: what is test
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastbgad import training_graph
+from fastbgad.training import fit
 from fastbgad.training_graph import WARM_UP_STEPS, CapturedSteps
+from tests.models import tiny_config, tiny_model, tiny_split
 
 
 class Recording:
@@ -103,3 +108,21 @@ def test_what_cannot_be_captured_runs_as_usual(fake_graphs: list[Recording], mon
     captured(rows, False)
     assert steps.total == (WARM_UP_STEPS + 2) * 6
     assert len(steps.calls) == WARM_UP_STEPS + 2
+
+
+@pytest.mark.equivalence
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_captured_training_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: a run whose steps are replayed ends with the parameters of one whose steps are launched one by one."""
+    split = tiny_split(tmp_path)
+    flows = []
+    for warm_up in (WARM_UP_STEPS, 10**9):
+        monkeypatch.setattr(training_graph, "WARM_UP_STEPS", warm_up)
+        config = tiny_config(meta_epochs=4)
+        model = tiny_model(config).to("cuda")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a step that could not be captured
+            fit(model, split, config)
+        flows.append(model.flows.state_dict())
+    for name, tensor in flows[0].items():
+        assert torch.allclose(tensor, flows[1][name], rtol=1e-4, atol=1e-6), name
