@@ -24,9 +24,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
 
-# Tests use one thread each, so every core runs some of them.
+# Tests use one thread each, so every core runs some of them: a file at a time, since its tests share what is expensive.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

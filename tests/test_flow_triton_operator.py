@@ -144,7 +144,7 @@ def test_a_pack_of_another_geometry_is_refused(device: torch.device) -> None:
         ({"rows": torch.zeros(4, 1, dtype=torch.int64)}, "rows must be int32 or int64"),
         ({"condition": PositionalRows(1, 4, torch.zeros(4).long()), "rows": torch.zeros(2).int()}, "whole maps"),
         ({"rows": torch.tensor([0, 4])}, r"rows must lie in \[0, 4\)"),
-        ({"precision": "bfloat16"}, "precision is 'bfloat16'"),
+        ({"precision": "tf32"}, "precision is 'tf32'"),
     ],
 )  # fmt: skip
 def test_bad_input(change: dict, message: str) -> None:

@@ -40,9 +40,6 @@ from fastbgad.experiments.peers import PeerScores, run_peer
 from fastbgad.experiments.setup import Setup
 from tests.make_data import make_mvtec, normal_image, save
 
-# anomalib takes long to import.
-pytestmark = pytest.mark.xdist_group("anomalib")
-
 SIZE = (64, 64)
 SETUP = Setup(backbone="gabor", weights="random", image_size=SIZE)
 CPU = torch.device("cpu")

@@ -39,9 +39,6 @@ from tests.models import tiny_config, tiny_model, tiny_split
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
-# One process starts Ray, once.
-pytestmark = pytest.mark.xdist_group("ray")
-
 IMAGES, SHARD = 11, 3
 
 

@@ -16,9 +16,6 @@ from fastbgad.experiments.protocol import names, sweep_names, table_names
 from fastbgad.experiments.published import RUNNABLE, published
 from tests.miniature import make_miniature
 
-# One process makes the folder, once.
-pytestmark = pytest.mark.xdist_group("reproduce tables")
-
 OPTIONS = [
     "--backbone", "gabor", "--image-size", "64", "64", "--preset", "demo", "--schedule.meta-epochs", "2",
     "--schedule.sub-epochs", "1", "--anomalies.cut-paste", "1", "--seeds", "1", "--device", "cpu",
