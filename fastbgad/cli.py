@@ -101,7 +101,8 @@ class Train:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     impl: Impl = "auto"
-    """Implementation of the operations; auto takes the fastest there is: triton on a GPU, torch elsewhere."""
+    """Implementation of the operations; auto takes the fastest there is: triton on a GPU; elsewhere native (C++ that is
+    compiled at its first use) for the flow where there is a compiler, and torch."""
     precision: Precision = "float16"
     """Operands of the flows' matrix products: on a GPU float16 (sums in float32) or float32; on a CPU both are float32,
     and bfloat16 trains faster where the processor has instructions for it."""
@@ -241,7 +242,8 @@ class Bench:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     impl: Impl = "auto"
-    """Implementation of the operations; auto takes the fastest there is: triton on a GPU, torch elsewhere."""
+    """Implementation of the operations; auto takes the fastest there is: triton on a GPU; elsewhere native (C++ that is
+    compiled at its first use) for the flow where there is a compiler, and torch."""
     precision: Precision = "float16"
     """Operands of the kernels' matrix products on a GPU: float16 (sums in float32), or float32."""
     repeats: int | None = None

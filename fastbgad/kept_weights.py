@@ -11,7 +11,8 @@ from torch import Tensor
 from .flow_spec import CouplingWeights, FlowSpec
 from .ops import FlowPack, Geometry, Impl, PositionalRows, Precision, flow_packed, pack_flow
 from .ops.dispatch import compute_dtype, resolve_impl
-from .ops.flow import is_wide
+from .ops.flow import FlowImpl, is_wide, portable_or_native
+from .ops.flow_native import NativeFlow, pack_native
 from .ops.flow_packed import PackedFlow
 from .ops.flow_tables import FoldedFlow, fold_flow
 from .tensor_state import TensorState, tensor_state
@@ -28,7 +29,7 @@ class KeptWeights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[TensorState, FlowPack | FoldedFlow | PackedFlow]] = {}
+        self._kept: dict[Any, tuple[TensorState, FlowPack | FoldedFlow | PackedFlow | NativeFlow]] = {}
 
     def clear(self) -> None:
         self._kept.clear()
@@ -45,14 +46,16 @@ class KeptWeights:
         condition: PositionalRows | Tensor | None,
         impl: Impl,
         precision: Precision,
-    ) -> FlowPack | FoldedFlow | PackedFlow | None:
+    ) -> FlowPack | FoldedFlow | PackedFlow | NativeFlow | None:
         """The kept form for `ops.flow_forward`; None for calls that cannot use it: gradients, the oracle, tracing."""
         if torch.compiler.is_compiling():
             return None
         tensors = [tensor for layer in layers for tensor in layer]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None
-        kind = resolve_impl(impl, x)
+        kind: FlowImpl = resolve_impl(impl, x)
+        if kind == "torch":
+            kind = portable_or_native(impl, x, layers, spec, condition)
         if kind == "reference" or (kind == "triton" and is_wide(spec, precision, needs_grad=False)):
             return None
         geometry, dtype = Geometry.of(condition, precision), compute_dtype(x)
@@ -64,7 +67,9 @@ class KeptWeights:
                 kept = state, pack_flow(layers, spec, geometry)
             else:
                 positions = condition if isinstance(condition, PositionalRows) else None
-                if flow_packed.available(spec, dtype, x.device):
+                if kind == "native":
+                    kept = state, pack_native(layers, spec, positions)
+                elif flow_packed.available(spec, dtype, x.device):
                     kept = state, flow_packed.pack_products(layers, spec, positions, len(x))
                 else:
                     kept = state, fold_flow(layers, spec, positions, dtype)

@@ -1,7 +1,8 @@
 """One door per operation: check the input, choose the implementation, call it.
 
-`impl="auto"` takes the fastest implementation there is for the tensors given: "triton", the kernels, for CUDA tensors,
-else "torch", the portable fast path; "reference" is the oracle. An explicit choice never falls back silently.
+`impl="auto"` takes the fastest implementation there is for the tensors given: "triton", the kernels, for CUDA tensors;
+else "native", compiled C++, for the flow where there is a compiler; else "torch", the portable fast path. "reference"
+is the oracle. An explicit choice never falls back silently.
 """
 
 from .boundary import Boundary, boundary
@@ -10,6 +11,7 @@ from .dispatch import Impl, Precision, resolve_impl
 from .flow import FlowOutput, flow_forward, flow_inverse
 from .flow_triton import FlowPack, Geometry, pack_flow
 from .log_likelihood import log_likelihood
+from .native_build import why_not_native
 from .positional import PositionalRows
 from .score_map import ScoreMap, score_map
 from .spp_loss import MlForm, Reduction, contrastive_loss, spp_loss
@@ -35,4 +37,5 @@ __all__ = [
     "resolve_impl",
     "score_map",
     "spp_loss",
+    "why_not_native",
 ]

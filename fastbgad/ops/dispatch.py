@@ -1,8 +1,9 @@
 """Which implementation of an operation runs, and checks that every door shares.
 
-`impl` is "auto", "torch" (the portable fast path), "triton" (the kernels, on a GPU) or "reference" (the oracle). An
-explicit choice never falls back silently: it runs or it raises `BackendError`. "auto" takes the kernels for CUDA
-tensors they support and the portable path everywhere else.
+`impl` is "auto", "torch" (the portable fast path), "native" (the same with the flow in compiled C++, on a CPU),
+"triton" (the kernels, on a GPU) or "reference" (the oracle). An explicit choice never falls back silently: it runs or
+it raises `BackendError`. "auto" takes the kernels for CUDA tensors they support, compiled C++ for the flows it serves
+where there is a compiler, and the portable path everywhere else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BackendError, ConfigError, FeatureError
 
-Impl = Literal["auto", "torch", "triton", "reference"]
+Impl = Literal["auto", "torch", "native", "triton", "reference"]
 # The type of the operands of matrix products; sums and everything else are float32. The kernels take float16 or
 # float32; the portable path float32 for both, and bfloat16 in the subnets' products of a training step.
 Precision = Literal["float16", "float32", "bfloat16"]
@@ -31,6 +32,8 @@ SMALLEST_CAPABILITY = (8, 0)
 def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "reference"]:
     """The implementation that will run on tensors of `like`'s device and type.
 
+    "native" is the flow's: every other operation takes "torch" for it. See `ops.flow.resolve_flow_impl`.
+
     Raises:
         ConfigError: an unknown name.
         BackendError: "triton" for tensors that the kernels cannot take here.
@@ -42,7 +45,7 @@ def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "refere
         obstacle = why_not_triton(like)
         if obstacle is not None:
             raise BackendError(f'impl="triton": {obstacle}; use impl="torch" or "auto"')
-    return impl
+    return "torch" if impl == "native" else impl
 
 
 def check_impl(impl: str) -> None:

@@ -1,14 +1,14 @@
 """The door to the flow: features in, log-likelihood per dimension out.
 
-Oracle: `fastbgad.reference.flow_forward`. Portable fast path: `flow_torch`, and `flow_packed` for wide flows whose
-weights are kept. Kernels: `flow_triton` for up to 256 channels, whose rows stay on the chip through all layers;
-`flow_wide` beyond.
+Oracle: `fastbgad.reference.flow_forward`. On a CPU: `flow_native`, compiled C++, where there is a compiler and it
+serves the flow; else the portable fast path, `flow_torch`, and `flow_packed` for wide flows whose weights are kept.
+Kernels: `flow_triton` for up to 256 channels, whose rows stay on the chip through all layers; `flow_wide` beyond.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ from .. import reference
 from ..errors import BackendError, ConfigError, FeatureError
 from ..flow_spec import CouplingWeights, FlowSpec
 from ..kernels.flow_weights import MOST_CHANNELS, most_channels_with_gradients
-from . import flow_packed, flow_torch, flow_torch_training, flow_triton, flow_wide
+from . import flow_native, flow_packed, flow_torch, flow_torch_training, flow_triton, flow_wide
 from .debug import check_values, debugging
 from .dispatch import Impl, Precision, check_precision, compute_dtype, resolve_impl
+from .flow_native import NativeFlow, pack_native
 from .flow_packed import PackedFlow
 from .flow_tables import FoldedFlow, fold_flow
 from .flow_triton import FlowPack, Geometry, pack_flow
 from .positional import PositionalRows
+
+FlowImpl = Literal["torch", "native", "triton", "reference"]
 
 # A row's whole condition is one operand.
 MOST_CONDITION_CHANNELS = 128
@@ -49,7 +52,7 @@ def flow_forward(
     chunk_rows: int | None = None,
     precision: Precision = "float16",
     recompute: bool | None = None,
-    pack: FlowPack | FoldedFlow | PackedFlow | None = None,
+    pack: FlowPack | FoldedFlow | PackedFlow | NativeFlow | None = None,
 ) -> FlowOutput:
     """Carries N patch features through all coupling layers.
 
@@ -62,16 +65,17 @@ def flow_forward(
         rows: int32 or int64 [N]: the flow sees x[rows] and the condition of those rows. `condition` then describes all
             R rows of x: whole maps (`PositionalRows` without an index) or [R, P]. The kernels gather by themselves.
         return_z: also return the latent.
-        impl: "auto", "torch", "triton" or "reference".
+        impl: "auto", "torch", "native", "triton" or "reference".
         chunk_rows: rows that go through the layers together (impl "torch"); None chooses by the cache.
         precision: operands of the kernels' matrix products (impl "triton"): "float16" with float32 accumulation and an
-            accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32". On the portable path
-            both mean float32. "bfloat16" is for training on CPUs with bfloat16 instructions: the subnets' products of a
+            accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32". On a CPU both mean
+            float32. "bfloat16" is for training on CPUs with bfloat16 instructions: the subnets' products of a
             call that needs gradients take bfloat16 operands there; without gradients it means float32.
         recompute: whether the kernels' backward computes activations again instead of keeping them; None does so for
             a million rows, not for a training step.
-        pack: the same weights prepared before, by `pack_flow` for inference with the kernels, by `fold_flow` or
-            `flow_packed.pack_products` for the portable path; see `ConditionalFlow.freeze`.
+        pack: the same weights prepared before, by `pack_flow` for inference with the kernels, by `pack_native` for
+            compiled C++, by `fold_flow` or `flow_packed.pack_products` for the portable path; see
+            `ConditionalFlow.freeze`.
 
     Returns:
         `FlowOutput(log_likelihood [N], log_det [N], z [N, C] or None)`. A row whose features hold NaN or Inf has NaN
@@ -84,7 +88,7 @@ def flow_forward(
 
     Source: Yao et al., CVPR 2023; FrEIA's AllInOneBlock.
     """
-    kind = resolve_impl(impl, x)
+    kind: FlowImpl = resolve_impl(impl, x)
     _check(x, layers, spec, condition, rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ConfigError(f"chunk_rows is {chunk_rows}; it must be at least 1")
@@ -93,6 +97,8 @@ def flow_forward(
         raise ConfigError(
             "the kernels have no bfloat16 (its errors are ten times float16's); use precision float16 or float32"
         )
+    if impl == "native" and precision == "bfloat16":
+        raise ConfigError('compiled C++ computes in float32; use precision="float32", or impl="torch" with bfloat16')
     if debugging():
         check_values(x, layers, condition, rows)
     dtype = compute_dtype(x)
@@ -108,8 +114,11 @@ def flow_forward(
                 'impl="triton" has no gradient for a dense condition; use impl="torch", or detach the condition'
             )
         kind = "torch"
-    # The kernels gather rows by themselves, except where x needs a gradient, wide flows and the other implementations.
-    if rows is not None and (kind != "triton" or wide or x.requires_grad):
+    if kind == "torch" and (impl == "native" or chunk_rows is None) and not (needs_grad and precision == "bfloat16"):
+        kind = portable_or_native(impl, x, layers, spec, condition)
+    # Kernels and compiled code gather rows by themselves, except where x needs a gradient, and for wide flows.
+    gathers = (kind == "triton" and not wide) or (kind == "native" and x.dtype == torch.float32)
+    if rows is not None and (not gathers or x.requires_grad):
         x, condition, rows = x.index_select(0, rows), _gathered(condition, rows), None
     with torch.autocast(x.device.type, enabled=False):
         if kind == "triton":
@@ -126,8 +135,14 @@ def flow_forward(
                 raise ConfigError(f"the weights were packed for {pack.geometry} but are used for {geometry}")
             return FlowOutput(*flow_triton.infer(x, pack, spec, condition, rows, return_z))
         x = x.to(dtype)
-        dense = condition.to(dtype) if isinstance(condition, Tensor) else None
         positions = condition if isinstance(condition, PositionalRows) else None
+        if kind == "native":
+            if needs_grad:
+                return FlowOutput(*flow_native.FlowFunction.apply(x, rows, positions, spec, return_z, *weights))
+            if not (isinstance(pack, NativeFlow) and pack.serves(positions, dtype)):
+                pack = pack_native(layers, spec, positions)
+            return FlowOutput(*flow_native.infer(x, pack, spec, positions, rows, return_z))
+        dense = condition.to(dtype) if isinstance(condition, Tensor) else None
         if kind == "reference":
             if positions is not None:
                 dense = positions.dense(len(x), dtype, x.device)
@@ -144,6 +159,22 @@ def flow_forward(
         if not (isinstance(pack, FoldedFlow) and pack.serves(positions, dtype)):
             pack = fold_flow(layers, spec, positions, dtype)
         return FlowOutput(*flow_torch.infer(x, pack, spec, positions, dense, return_z, chunk_rows))
+
+
+def portable_or_native(
+    impl: Impl, x: Tensor, layers: Sequence[CouplingWeights], spec: FlowSpec, condition: PositionalRows | Tensor | None
+) -> Literal["torch", "native"]:
+    """Which of the two CPU implementations runs, for an `impl` that `resolve_impl` has given to "torch".
+
+    Raises:
+        BackendError: "native" for a call that the compiled code cannot serve.
+    """
+    if impl == "torch":
+        return "torch"
+    obstacle = flow_native.why_not(spec, layers, x, condition)
+    if obstacle is not None and impl == "native":
+        raise BackendError(f'impl="native": {obstacle}; use impl="torch" or "auto"')
+    return "torch" if obstacle is not None else "native"
 
 
 def is_wide(spec: FlowSpec, precision: Precision, needs_grad: bool) -> bool:
