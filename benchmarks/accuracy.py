@@ -32,7 +32,7 @@ from fastbgad.model import BGAD  # noqa: E402
 from fastbgad.ops import Impl, Precision  # noqa: E402
 
 FILE = Path(__file__).parent / "accuracy.json"
-CATEGORIES, SEEDS, SIZE = ("brick", "grass", "gravel"), (0, 1, 2), (288, 288)
+CATEGORIES, SEEDS, SIZE = ("brick", "grass"), (0, 1, 2), (288, 288)
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 PLAIN = "plain loop, FrEIA float32"
 if DEVICE.type == "cuda":
@@ -49,12 +49,16 @@ else:
 
 
 def run(name: str, category: str, seed: int, data: Path) -> EngineResult:
-    """One training of BGAD; the schedule is the demo's, with anomalies synthesised anew in every pass."""
+    """One training of BGAD: three meta epochs of two sub-epochs, anomalies synthesised anew in every pass.
+
+    Batches are the official ones of 32 images: with fewer, the plain loop never trains the coarsest level.
+    """
     split: Split = split_known_anomalies(open_category(data, category, check="none"), 10, seed=seed)
     config: TrainConfig = demo_preset("bgad", seed)
     # As in the official commands, so that both loops label the same cells.
     anomalies = replace(config.anomalies, refresh=1, cell_labels="nearest")
-    config = replace(config, anomalies=anomalies)
+    schedule = replace(config.schedule, meta_epochs=3, batch_size=32)
+    config = replace(config, anomalies=anomalies, schedule=schedule)
     encoder = create_backbone("gabor").to(DEVICE)
     encoder.fit(batch.images.to(DEVICE) for batch in stream_batches(split.normals, SIZE, 8, 2))
     impl, precision = ENGINES.get(name, ("auto", "float32"))

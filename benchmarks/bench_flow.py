@@ -23,6 +23,7 @@ from harness import (
     FREIA,
     FREIA_COMPILED,
     KERNELS,
+    NATIVE,
     ORACLE,
     PORTABLE,
     PORTABLE_COMPILED,
@@ -30,6 +31,7 @@ from harness import (
     Contender,
     compiled,
     kernels_or_skip,
+    native_or_skip,
     run,
 )
 from roofline import LEVELS
@@ -94,12 +96,15 @@ class Level:
         """What computes the log-likelihoods of all rows; raises `SkippedError` where it cannot."""
         if name == KERNELS:
             kernels_or_skip()
+        if name == NATIVE:
+            native_or_skip()
         calls: dict[str, Callable[[], Callable[[], Tensor]]] = {
             FREIA: lambda: self.freia,
             FREIA_COMPILED: lambda: compiled(self.freia),
             ORACLE: lambda: partial(self.fast, "reference"),
             PORTABLE: lambda: partial(self.fast, "torch"),
             PORTABLE_COMPILED: lambda: compiled(partial(self.fast, "torch")),
+            NATIVE: lambda: partial(self.fast, "native"),
             KERNELS: lambda: partial(self.fast, "triton"),
         }
         return calls[name]()
@@ -179,7 +184,7 @@ def gradient_error(case: Level, flow: Any, call: Callable[[], Tensor]) -> float:
 
 
 def comparisons() -> list[Comparison]:
-    every, quick = (FREIA, FREIA_COMPILED, ORACLE, PORTABLE, KERNELS), (FREIA, PORTABLE, KERNELS)
+    every, quick = (FREIA, FREIA_COMPILED, ORACLE, PORTABLE, NATIVE, KERNELS), (FREIA, PORTABLE, NATIVE, KERNELS)
     found = [
         inference(
             "flow inference, one 1024-pixel image",

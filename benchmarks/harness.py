@@ -21,13 +21,14 @@ from interleave import interleaved, medians, ratios
 
 from fastbgad.environment import machine, versions
 from fastbgad.memory import peak_bytes
-from fastbgad.ops import Impl
+from fastbgad.ops import Impl, why_not_native
 from fastbgad.ops.dispatch import why_not_triton
 
 RESULTS = Path(__file__).parent / "results"
 # Of the same contender wherever it takes part.
 FREIA, FREIA_COMPILED, ORACLE = "FrEIA 0.2 eager", "FrEIA 0.2 compiled", "oracle float32"
 PORTABLE, PORTABLE_COMPILED, KERNELS = "fastbgad torch", "fastbgad torch compiled", "fastbgad triton"
+NATIVE = "fastbgad native"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -242,6 +243,13 @@ def kernels_or_skip() -> None:
     if DEVICE.type != "cuda":
         raise SkippedError("the kernels need a CUDA GPU")
     reason = why_not_triton(torch.empty(0, device=DEVICE))
+    if reason is not None:
+        raise SkippedError(reason)
+
+
+def native_or_skip() -> None:
+    """Raises `SkippedError` where compiled C++ cannot be timed."""
+    reason = "compiled C++ runs on a CPU" if DEVICE.type == "cuda" else why_not_native()
     if reason is not None:
         raise SkippedError(reason)
 
