@@ -19,7 +19,7 @@ import pytest
 import torch
 from interleave import interleaved, medians, ratios
 
-from fastbgad.environment import machine, versions
+from fastbgad.environment import cpu_facts, machine, versions
 from fastbgad.memory import peak_bytes
 from fastbgad.ops import Impl, why_not_native
 from fastbgad.ops.dispatch import why_not_triton
@@ -205,12 +205,8 @@ def machine_kind() -> str:
 
 def _generation() -> str:
     """Family and model of an x86 processor: virtual machines hide the rest of its name. Empty elsewhere."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    except OSError:
-        return ""
-    facts = {key.strip(): value.strip() for key, _, value in lines}
-    return f"{facts.get('cpu family', '')} {facts.get('model', '')}"
+    facts = cpu_facts()
+    return f"{facts.get('cpu family', '')} {facts.get('model', '')}" if facts else ""
 
 
 def stamped(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from fastbgad.schedule import image_batches, learning_rate
 from fastbgad.scoring import official_anomaly_maps
 from fastbgad.training import fit, spare_slots
 from tests.flows import freia_flow
-from tests.official_loop import BETA, LAMBDA, NORMALIZER, TAU, plain
+from tests.official_loop import LAMBDA, loss_terms, patch_rows, plain
 
 
 @dataclass
@@ -161,7 +161,7 @@ class OfficialEngine:
     def _train_level(self, decoder: nn.Module, maps: Tensor, masks: Tensor, first_phase: bool) -> None:
         channels, height, width = maps.shape[1:]
         size = self.config.schedule.chunk_rows
-        rows, where = self._rows(maps)
+        rows, where = patch_rows(maps, _encoding(*maps.shape[2:]))
         labels = interpolate(masks, size=(height, width), mode="nearest").reshape(-1)
         order = torch.randperm(len(rows)).to(self.device)
         for start in range(0, len(rows) // size * size, size):
@@ -173,29 +173,14 @@ class OfficialEngine:
             elif self.config.method == "nfad":
                 loss = (-logsigmoid(lp) * plain.normal_fl_weighting(lp.detach())).mean()
             else:
-                loss = self._bgad_loss(lp, labels[chosen])
+                loss, pull, push = loss_terms(plain, lp, labels[chosen])
+                # Without a violating row a mean is NaN while its gradients stay finite; a term that is left out has
+                # the same.
+                loss = loss + LAMBDA * (torch.nan_to_num(pull) + torch.nan_to_num(push))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             loss.item()
-
-    def _bgad_loss(self, lp: Tensor, mask: Tensor) -> Tensor:
-        constant = lp.detach()
-        weights = constant.new_zeros(constant.shape)
-        normal_weights = plain.normal_fl_weighting(constant[mask == 0])
-        weights[mask == 0] = normal_weights
-        weights[mask == 1] = plain.abnormal_fl_weighting(constant[mask == 1])
-        loss = (-logsigmoid(lp[mask == 0]) * normal_weights).mean()
-        edges = plain.get_logp_boundary(lp, mask, BETA, TAU, NORMALIZER)
-        pull, push = plain.calculate_bg_spp_loss(lp, mask, edges, NORMALIZER, weights=weights)
-        # Without a violating row a mean is NaN while its gradients stay finite; a term that is left out has the same.
-        return loss + LAMBDA * (torch.nan_to_num(pull) + torch.nan_to_num(push))
-
-    def _rows(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, C] and encodings [N, 128] of all patches."""
-        batch, channels, height, width = maps.shape
-        encoding = _encoding(height, width).to(maps).unsqueeze(0).repeat(batch, 1, 1, 1)
-        return maps.permute(0, 2, 3, 1).reshape(-1, channels), encoding.permute(0, 2, 3, 1).reshape(-1, 128)
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float, Tensor]:
@@ -208,7 +193,7 @@ class OfficialEngine:
             for level, (maps, decoder) in enumerate(
                 zip(self.encoder(image[None].to(self.device)), self.decoders, strict=True)
             ):
-                rows, where = self._rows(maps)
+                rows, where = patch_rows(maps, _encoding(*maps.shape[2:]))
                 z, log_det = decoder(rows, [where])
                 lp = plain.get_logp(maps.shape[1], z, log_det) / maps.shape[1]
                 levels[level].append(lp.view(1, *maps.shape[2:]))

@@ -78,15 +78,7 @@ def cell_bar(total: int) -> Iterator[Callable[[int, str], None]]:
 
         yield on_line
         return
-    columns = rich.progress
-    bar = columns.Progress(
-        columns.TextColumn("cells"),
-        columns.BarColumn(bar_width=24),
-        columns.MofNCompleteColumn(),
-        columns.TextColumn("{task.fields[left]}"),
-        columns.TextColumn("{task.fields[text]}"),
-    )
-    with bar:
+    with _drawn(rich, rich.progress.TextColumn("{task.fields[left]}")) as bar:
         task = bar.add_task("cells", total=total, text="", left="")
 
         def on_cells(done: int, text: str) -> None:
@@ -136,21 +128,25 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
 
 
+def _drawn(rich: Any, time_left: Any) -> Any:
+    """A bar for the terminal: description, bar, how many of how many, a column for the time left, a text."""
+    columns = rich.progress
+    return columns.Progress(
+        columns.TextColumn("{task.description}"),
+        columns.BarColumn(bar_width=24),
+        columns.MofNCompleteColumn(),
+        time_left,
+        columns.TextColumn("{task.fields[text]}"),
+    )
+
+
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[str, int, int, str], None]]:
     rich = require_rich()
     if not sys.stdout.isatty():
         yield _lines(title)
         return
-    columns = rich.progress
-    bar = columns.Progress(
-        columns.TextColumn("{task.description}"),
-        columns.BarColumn(bar_width=24),
-        columns.MofNCompleteColumn(),
-        columns.TimeRemainingColumn(),
-        columns.TextColumn("{task.fields[text]}"),
-    )
-    with bar:
+    with _drawn(rich, rich.progress.TimeRemainingColumn()) as bar:
         task, stage_shown = bar.add_task(title, total=None, text=""), ""
 
         def update(stage: str, done: int, total: int, text: str) -> None:

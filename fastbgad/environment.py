@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from importlib import metadata
@@ -53,11 +54,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _processor() -> str:
+@functools.cache
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first processor in /proc/cpuinfo, by its names; empty elsewhere."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _processor() -> str:
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()

@@ -6,6 +6,7 @@ slots are kept spare.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from .data import Batch, DecodedImages, Sample, stream_batches
 from .errors import ConfigError
 from .features import FeatureStore, Placement, extract_into
 
-OnImages = Callable[[str, int, int], None]
-"""Told a stage ("statistics", "features"), how many of its images are done, and of how many."""
+OnImages = Callable[[str, int, int, float], None]
+"""Told a stage ("statistics", "features"), how many of its images are done, of how many, and how many a second."""
 
 
 class ImageFeatures:
@@ -112,9 +113,9 @@ class ImageFeatures:
         self.store.close()
 
     def _batches(self, samples: Sequence[Sample], stage: str) -> Iterator[Batch]:
-        done = 0
+        clock, done = time.perf_counter(), 0
         for batch in stream_batches(samples, self.image_size, self.batch_size, self.workers, self.decoded):
             yield batch
             done += len(batch.samples)
             if self.on_images is not None:
-                self.on_images(stage, done, len(samples))
+                self.on_images(stage, done, len(samples), done / (time.perf_counter() - clock))

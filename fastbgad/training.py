@@ -422,8 +422,8 @@ class TrainingRun:
             f"the same command and --resume (run folder {self.run_dir})"
         )
 
-    def _report_images(self, stage: str, done: int, total: int) -> None:
-        self._report(stage, done, total, done / (time.perf_counter() - self.started), dict)
+    def _report_images(self, stage: str, done: int, total: int, images_per_second: float) -> None:
+        self._report(stage, done, total, images_per_second, dict)
 
     def _report(self, stage: str, done: int, total: int, speed: float, record: Callable[[], Record]) -> None:
         if self.on_progress is not None:

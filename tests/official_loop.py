@@ -69,6 +69,26 @@ plain = SimpleNamespace(
 )
 
 
+def patch_rows(maps: Tensor, encoding: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, C] and encodings [N, P] of all patches of maps [B, C, h, w], for an encoding [P, h, w]."""
+    batch, channels = maps.shape[:2]
+    repeated = encoding.to(maps).unsqueeze(0).repeat(batch, 1, 1, 1)
+    return maps.permute(0, 2, 3, 1).reshape(-1, channels), repeated.permute(0, 2, 3, 1).reshape(-1, len(encoding))
+
+
+def loss_terms(functions: Any, lp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L_ml, the pull and the push of a chunk after the first meta epoch, with focal weights."""
+    constant = lp.detach()
+    weights = constant.new_zeros(constant.shape)
+    normal_weights = functions.normal_fl_weighting(constant[mask == 0])
+    weights[mask == 0] = normal_weights
+    weights[mask == 1] = functions.abnormal_fl_weighting(constant[mask == 1])
+    loss = (-logsigmoid(lp[mask == 0]) * normal_weights).mean()
+    edges = functions.get_logp_boundary(lp, mask, BETA, TAU, NORMALIZER)
+    pull, push = functions.calculate_bg_spp_loss(lp, mask, edges, NORMALIZER, weights=weights)
+    return loss, pull, push
+
+
 def train_level(
     functions: Any,
     decoder: Any,
@@ -78,11 +98,9 @@ def train_level(
     chunk_rows: int = CHUNK_ROWS,
 ) -> list[float]:
     """One level's steps on a batch after the first meta epoch, focal weights on; the losses."""
-    batch, channels, height, width = maps.shape
+    channels, height, width = maps.shape[1:]
     labels = interpolate(masks, size=(height, width), mode="nearest").reshape(-1)
-    rows = maps.permute(0, 2, 3, 1).reshape(-1, channels)
-    encoding = functions.positionalencoding2d(CONDITION_CHANNELS, height, width).to(maps)
-    encoding = encoding.unsqueeze(0).repeat(batch, 1, 1, 1).permute(0, 2, 3, 1).reshape(-1, CONDITION_CHANNELS)
+    rows, encoding = patch_rows(maps, functions.positionalencoding2d(CONDITION_CHANNELS, height, width))
     order = torch.randperm(len(rows))
     losses = []
     for start in range(0, len(rows) - chunk_rows + 1, chunk_rows):
@@ -90,14 +108,7 @@ def train_level(
         where, x, mask = encoding[chosen], rows[chosen], labels[chosen]
         z, log_det = decoder(x, [where])
         lp = functions.get_logp(channels, z, log_det) / channels
-        constant = lp.detach()
-        weights = constant.new_zeros(constant.shape)
-        normal_weights = functions.normal_fl_weighting(constant[mask == 0])
-        weights[mask == 0] = normal_weights
-        weights[mask == 1] = functions.abnormal_fl_weighting(constant[mask == 1])
-        loss = (-logsigmoid(lp[mask == 0]) * normal_weights).mean()
-        edges = functions.get_logp_boundary(lp, mask, BETA, TAU, NORMALIZER)
-        pull, push = functions.calculate_bg_spp_loss(lp, mask, edges, NORMALIZER, weights=weights)
+        loss, pull, push = loss_terms(functions, lp, mask)
         loss = loss + LAMBDA * (pull + push)
         optimizer.zero_grad()
         loss.backward()

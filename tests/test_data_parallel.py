@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fastbgad.data import open_category, split_known_anomalies
 from fastbgad.data_parallel import DataParallel
 from fastbgad.errors import ConfigError
 from fastbgad.model import BGAD
@@ -32,19 +34,13 @@ RUNS = {
 def trained(name: str, data: Path, parallel: DataParallel | None, **options: object) -> BGAD:
     """One of the runs in float64, where what is left is the order of sums."""
     config = RUNS[name]
-    split = tiny_split_of(data)
+    split = split_known_anomalies(open_category(data), 2)
     if name == "one row now and then":
         split = replace(split, normals=split.normals[:1])
     model = tiny_model(config)
     model.flows.double()
     fit(model, split, config, parallel=parallel, **options)  # type: ignore[arg-type]
     return model
-
-
-def tiny_split_of(data: Path):
-    from fastbgad.data import open_category, split_known_anomalies
-
-    return split_known_anomalies(open_category(data), 2)
 
 
 def _process(rank: int, world: int, port: int, data: Path, out: Path) -> None:
@@ -71,8 +67,6 @@ def _interrupted_and_resumed(rank: int, parallel: DataParallel, data: Path, out:
         nonlocal batches
         batches += progress.stage == "training"
         if rank == 1 and batches == 3:
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(InterruptedTraining):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastbgad.backbones import create_backbone
-from fastbgad.data import AugmentedAnomalies, Split
+from fastbgad.data import AnomalySynthesis, AugmentedAnomalies, Split
 from fastbgad.data import decoded as decoded_module
 from fastbgad.errors import ConfigError, DataError
 from fastbgad.features import FeatureStore
@@ -84,7 +84,9 @@ def test_features_of_another_run_are_refused(split: Split) -> None:
 
 def test_synthesis_is_made_ahead_in_turns(split: Split) -> None:
     """Every generation is what the plan says, in the bank that the one before it does not use."""
-    plan = AugmentedAnomalies(split.known_anomalies, split.normals, _recipe(), SIZE, seed=3)
+    plan = AugmentedAnomalies(
+        split.known_anomalies, split.normals, AnomalySynthesis(repeat=1, cut_paste=2), SIZE, seed=3
+    )
     indices = [i for i in range(len(plan)) if plan.is_synthetic(i)]
     features = features_of(split, spare=2 * len(indices))
     ahead = SynthesisAhead(plan, indices, features, generations=3, workers=2)
@@ -109,9 +111,3 @@ def test_an_anomaly_that_cannot_be_pasted_ends_training_with_its_name(split: Spl
     config = tiny_config()
     with pytest.raises(DataError, match=str(vanished.mask)):
         fit(tiny_model(config), broken, config)
-
-
-def _recipe():
-    from fastbgad.data import AnomalySynthesis
-
-    return AnomalySynthesis(repeat=1, cut_paste=2)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ..console import count, duration, indented, print_table
-from ..data import Category, split_known_anomalies
+from ..data import Category
 from ..errors import DataError, FastBGADError
+from .cell_split import split_of
 from .cells import Cell, CellResult
 from .ledger import Ledger
 from .plan import Plan, cells_of
@@ -69,15 +70,9 @@ def data_problems(cells: Iterable[Cell], sources: Sources) -> dict[str, tuple[Ce
 
 def _split_problem(cell: Cell, category: Category) -> str | None:
     try:
-        split = split_known_anomalies(category, cell.num_anomalies, seed=cell.seed, types=cell.known_types)
+        split_of(cell, category)
     except DataError as error:
         return str(error)
-    tested = category.defects if cell.test_types is None else cell.test_types
-    unknown = sorted(set(tested) - set(category.defects))
-    if unknown:
-        return f"{category.root} has no anomaly type {unknown[0]!r}; it holds {', '.join(category.defects)}"
-    if not any(sample.label and sample.defect in tested for sample in split.test):
-        return f"no anomalous image of {', '.join(tested)} is left in {category.root} to test; lower num_anomalies"
     return None
 
 

@@ -148,10 +148,6 @@ class Ledger:
         write_json(self._path(result.cell), facts | {"setup": self.setup.digest})
         (self.failed / f"{result.cell.training_key}.json").unlink(missing_ok=True)
 
-    def picture_path(self, cell: Cell) -> Path:
-        """Where the maps of a cell's test images are kept, if it is one of those that a figure shows."""
-        return self.pictures / f"{cell.key}.npz"
-
     def _path(self, cell: Cell) -> Path:
         return self.cells / _file_name(cell)
 

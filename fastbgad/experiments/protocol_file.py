@@ -299,7 +299,7 @@ def _read_point(
             raise table.wrong(f"{name} is {setting!r}; give a finite number, a text, true or false")
     try:
         config = with_overrides(TrainConfig(), options)
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise table.wrong(str(error)) from error
     # Read back from the configuration, where a whole number given for a real one has become real.
     typed = {name: option_of(config, name) for name in options}

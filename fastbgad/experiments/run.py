@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +19,8 @@ from torch import Tensor
 from ..backbones import Backbone, create_backbone
 from ..calibration import stored_log_likelihoods
 from ..config import TrainConfig
-from ..data import Category, DecodedImages, Sample, Split, split_known_anomalies
+from ..data import Category, DecodedImages, Sample, Split
 from ..environment import machine, versions
-from ..errors import DataError
 from ..files import write_with
 from ..image_features import ImageFeatures
 from ..metrics import evaluate
@@ -30,6 +28,7 @@ from ..model import BGAD
 from ..ops import score_map
 from ..scoring import calibrate, official_anomaly_maps
 from ..training import Progress, fit, spare_slots
+from .cell_split import split_of
 from .cells import METRICS, Cell, CellResult, Dataset
 from .peers import run_peer
 from .setup import Setup
@@ -86,7 +85,7 @@ class CellRunner:
         keys = {(cell.dataset, cell.category, cell.training_key) for cell in cells}
         if len(keys) != 1 or cells[0].category != self.category.name or cells[0].dataset != self.dataset:
             raise ValueError(f"these cells do not share a training on {self.dataset} {self.category.name}: {cells}")
-        splits = [self._split(cell) for cell in cells]
+        splits = [split_of(cell, self.category) for cell in cells]
         return self._run_peer(cells, splits) if cells[0].is_peer else self._train(cells, splits)
 
     def close(self) -> None:
@@ -202,25 +201,6 @@ class CellRunner:
 
     # --------------------------------------------------------------- measuring
 
-    def _split(self, cell: Cell) -> Split:
-        """The cell's training and test images: known anomalies are drawn, other defect types than its own left out."""
-        split = split_known_anomalies(self.category, cell.num_anomalies, seed=cell.seed, types=cell.known_types or None)
-        if cell.test_types is None:
-            return split
-        unknown = sorted(set(cell.test_types) - set(self.category.defects))
-        if unknown:
-            raise DataError(
-                f"{self.category.root} has no anomaly type {', '.join(unknown)}; it holds "
-                f"{', '.join(self.category.defects)}"
-            )
-        test = tuple(sample for sample in split.test if not sample.label or sample.defect in cell.test_types)
-        if not any(sample.label for sample in test):
-            raise DataError(
-                f"no anomalous image of {', '.join(cell.test_types)} is left in {self.category.root} for the test "
-                f"once {cell.num_anomalies} are known; lower the number of known anomalies"
-            )
-        return replace(split, test=test)
-
     def _test(self, split: Split, images: Sequence[Sample], decoded: DecodedImages) -> _Test:
         place = {sample: number for number, sample in enumerate(images)}
         masks = torch.stack([decoded(sample).mask for sample in split.test])
@@ -274,9 +254,9 @@ class CellRunner:
         }
         write_with(self.pictures / f"{cell.key}.npz", partial(np.savez_compressed, **arrays))
 
-    def _show_images(self, stage: str, done: int, total: int) -> None:
+    def _show_images(self, stage: str, done: int, total: int, images_per_second: float) -> None:
         if self.on_progress is not None:
-            self.on_progress(Progress(stage, done, total, 0.0, {}))
+            self.on_progress(Progress(stage, done, total, images_per_second, {}))
 
 
 @lru_cache(maxsize=1)

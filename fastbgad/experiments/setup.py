@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..config import TrainConfig
@@ -74,8 +74,9 @@ def with_overrides(config: TrainConfig, overrides: Mapping[str, Value]) -> Train
     """
     for name, value in overrides.items():
         part, _, option = name.partition(".")
-        section = getattr(config, part, None)
-        if not option or section is None or not hasattr(section, option):
+        section: Any = getattr(config, part, None)
+        options = {each.name for each in fields(section)} if is_dataclass(section) else set()
+        if option not in options:
             raise ConfigError(f"there is no option {name!r}; name it like loss.beta or flow.coupling_layers")
         wanted = type(getattr(section, option))
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):

@@ -32,7 +32,7 @@ SMALLEST_CAPABILITY = (8, 0)
 def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "reference"]:
     """The implementation that will run on tensors of `like`'s device and type.
 
-    "native" is the flow's: every other operation takes "torch" for it. See `ops.flow.resolve_flow_impl`.
+    "native" is the flow's: every other operation takes "torch" for it. See `ops.flow.portable_or_native`.
 
     Raises:
         ConfigError: an unknown name.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -18,6 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
+from ..environment import cpu_facts
 from ..errors import BackendError, OutputError
 from ..files import atomic_path
 
@@ -165,12 +165,8 @@ def _run(command: list[str], timeout: float) -> str:
     return done.stdout
 
 
-@functools.lru_cache(maxsize=1)
 def _cpu() -> str:
     """The instructions of this CPU, as far as they are known: a home folder may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
+    facts = cpu_facts()
     kept = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(line for line in lines if line.split(":")[0].strip() in kept)
+    return "\n".join(f"{name}: {facts[name]}" for name in kept if name in facts) or platform.processor()
