@@ -305,10 +305,12 @@ def _sizes(sizes: Sequence[Any]) -> list[int]:
     return list(first) if isinstance(first, Sequence) else list(sizes)
 
 
+# Attributes come and go with PyTorch's versions: `names` went with 2.13.
 _METADATA = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_leaf", "grad_fn",
                  "is_sparse", "is_quantized", "is_meta", "names", "itemsize", "nbytes")
+    if hasattr(Tensor, name)
 } | {
     Tensor.dim, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.is_floating_point,
     Tensor.is_complex, Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.get_device, Tensor.is_inference,
