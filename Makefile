@@ -7,7 +7,9 @@
 #   make bench-check     has anything become slower? a minute or two
 #   make bench-update    measure anew what bench-check compares with
 #   make bench-page      benchmarks/README.md from the figures that were kept
-#   make gpu             on a CUDA GPU: equivalence of every kernel, tuning, benchmarks; nine minutes
+#   make gpu             on a CUDA GPU: every kernel checked, timed and tuned; eight minutes
+#   make gpu-carry       what `make gpu` carries to a machine without a network: compiled kernels; needs no GPU
+#   make gpu-rehearsal   the Python side of `make gpu` on such a machine's versions; needs no GPU
 #   make resources       what every kernel needs of the chip, checked against its budget; needs no GPU
 #
 # Without a GPU, PyTorch's CPU wheels save several GB:
@@ -19,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench bench-check bench-update bench-ratios bench-page gpu resources clean
+.PHONY: demo test check bench bench-check bench-update bench-ratios bench-page gpu gpu-carry gpu-rehearsal resources clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
@@ -51,14 +53,29 @@ bench-ratios: $(VENV)/installed
 bench-page: $(VENV)/installed
 	$(BIN)/python benchmarks/page.py $(ARGS)
 
-# Takes the python3 that has PyTorch, Triton and this package, where there is one; else .venv.
-GPU_IMPORTS := import torch, triton, pytest, fastbgad.kernels
+# Takes the python3 that has PyTorch and Triton, where there is one, with nothing installed; else .venv.
 gpu:
-	@if $(PYTHON) -c "$(GPU_IMPORTS)" 2>/dev/null; then \
-		$(PYTHON) benchmarks/gpu.py $(ARGS); \
+	@if $(PYTHON) -c "import torch, triton, timm, pytest" 2>/dev/null; then \
+		$(PYTHON) -m benchmarks.gpu $(ARGS); \
 	else \
-		$(MAKE) $(VENV)/installed && $(BIN)/python benchmarks/gpu.py $(ARGS); \
+		$(MAKE) $(VENV)/installed && $(BIN)/python -m benchmarks.gpu $(ARGS); \
 	fi
+
+# The versions of benchmarks/gpu/requirements.txt, which are those of a machine that lends its GPU.
+PYTHON312 ?= python3.12
+GPU_VENV := .venv-gpu
+$(GPU_VENV)/installed: benchmarks/gpu/requirements.txt
+	@echo "installing into $(GPU_VENV); the first time this downloads PyTorch and takes some minutes"
+	$(PYTHON312) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+gpu-carry: $(GPU_VENV)/installed
+	$(GPU_VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir .gpu/wheels FrEIA==0.2
+	$(GPU_VENV)/bin/python -m benchmarks.gpu.carried $(ARGS)
+
+gpu-rehearsal: $(GPU_VENV)/installed
+	$(GPU_VENV)/bin/python -m benchmarks.gpu --driver stand-in --out runs/gpu-rehearsal --seconds 3600 --stage-seconds 900 $(ARGS)
 
 resources: $(VENV)/installed
 	$(BIN)/python -m fastbgad.kernels.resources
@@ -72,4 +89,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) .gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -41,6 +41,17 @@ Stopwatch = Callable[[Callable[[], object]], Callable[[], float]]
 SMALLEST_GAIN = 1.02
 # Candidates this many times slower than the best are not measured more than three times.
 HOPELESS = 1.3
+# The entries that users wait for most, in this order: the finest level has most rows. All others come after them.
+MOST_VALUABLE = (
+    ("flow_forward", "C64 float16 raster"),
+    ("flow_backward", "C64 float16"),
+    ("flow_forward", "C64 float16"),
+    ("flow_forward", "C128 float16 raster"),
+    ("flow_weight_gradient", "C64 float16"),
+    ("flow_forward", "C256 float16 raster"),
+    ("flow_backward", "C128 float16"),
+    ("flow_backward", "C256 float16"),
+)
 # How long one measurement of a CUDA graph should take: long against the clock's resolution of about a microsecond.
 MEASUREMENT_SECONDS = 2e-3
 
@@ -193,11 +204,13 @@ def tune(
     seconds: float = float("inf"),
     say: Callable[[str], object] = print,
     keep: Callable[[Tuned], object] = lambda result: None,
+    before: Callable[[TuningCase], object] = lambda case: None,
 ) -> list[Tuned]:
     """Tunes the cases one after the other, each within its share of the time that is left of `seconds`.
 
     A share bounds the timed rounds, not the compilation. Cases that do not begin in time are left out, and said to be.
-    Each result is handed to `keep` at once: an interruption costs no more than the case at hand.
+    Each result is handed to `keep` at once: an interruption costs no more than the case at hand. `before` is called
+    before each case that is not left out.
     """
     end = time.monotonic() + seconds
     results = []
@@ -206,8 +219,10 @@ def tune(
         if now > end:
             say(f"{where}: left out, {seconds:.0f} seconds have passed")
             continue
+        before(case)
+        now = time.monotonic()
         with torch.no_grad():
-            result = tune_case(case, device, stopwatch, rounds, now + (end - now) / (len(cases) - i))
+            result = tune_case(case, device, stopwatch, rounds, now + max(0.0, end - now) / (len(cases) - i))
         if result is None:
             say(f"{where}: no candidate runs on this GPU")
             continue
@@ -219,21 +234,33 @@ def tune(
     return results
 
 
-def precompile(kernels: Sequence[str], cases: Sequence[TuningCase], processes: int) -> None:
-    """Runs every candidate once in processes of their own, so that their compiled kernels lie in Triton's cache.
+class Precompiling:
+    """Run every candidate once in processes of their own, so that its compiled kernel lies in Triton's cache.
 
-    Compiling takes seconds a candidate and holds the interpreter's lock. What fails here fails again, and is
-    reported, where the candidates are measured.
+    Compiling takes seconds a candidate and holds the interpreter's lock. The entries are compiled in order, and those
+    that come later go on compiling while the first are measured. What fails here fails again, and is reported, where
+    the candidates are measured.
     """
-    tasks = [
-        (tuple(kernels), case.kernel, case.key, dict(tiles))
-        for case in cases
-        for tiles in (default_tiles()[case.kernel][case.key], *case.candidates)
-    ]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        for _ in pool.map(_compile, tasks, chunksize=4):
-            pass
+
+    def __init__(self, kernels: Sequence[str], cases: Sequence[TuningCase], processes: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(processes, mp_context=spawn)
+        self._waiting = {
+            (case.kernel, case.key): [
+                self._pool.submit(_compile, (tuple(kernels), case.kernel, case.key, dict(tiles)))
+                for tiles in (default_tiles()[case.kernel][case.key], *case.candidates)
+            ]
+            for case in cases
+        }
+
+    def wait_for(self, case: TuningCase) -> None:
+        """Return when the candidates of a case have been compiled, or cannot be."""
+        for future in self._waiting.pop((case.kernel, case.key), ()):
+            future.exception()
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compile(task: tuple[Sequence[str], str, str, Tiles]) -> None:
@@ -252,9 +279,11 @@ def _prepared(kernels: Sequence[str], kernel: str, key: str) -> Callable[[Tiles]
 
 
 def collect(kernels: Sequence[str]) -> list[TuningCase]:
-    """The tuning cases of these kernel modules."""
+    """Return the tuning cases of these kernel modules, the most valuable ones first."""
     modules = (importlib.import_module(f"{__package__}.{name}") for name in kernels)
-    return [case for module in modules if hasattr(module, "tuning_cases") for case in module.tuning_cases()]
+    cases = [case for module in modules if hasattr(module, "tuning_cases") for case in module.tuning_cases()]
+    value = {entry: place for place, entry in enumerate(MOST_VALUABLE)}
+    return sorted(cases, key=lambda case: value.get((case.kernel, case.key), len(value)))  # others stay in their order
 
 
 def store(path: Path, results: Sequence[Tuned], measured_on: Mapping[str, Any]) -> None:
@@ -362,17 +391,14 @@ def _run(options: argparse.Namespace) -> int:
     cases = collect(options.kernel)
     print(f"tuning {len(cases)} entries for {torch.cuda.get_device_name(device)} into {out}")
     machine = describe_machine(device)
-    start = time.monotonic()
-    processes = min(12, len(os.sched_getaffinity(0)))
-    if processes > 1:
-        print(f"compiling {sum(1 + len(case.candidates) for case in cases)} candidates in {processes} processes")
-        precompile(options.kernel, cases, processes)
-        print(f"compiled in {time.monotonic() - start:.0f} s")
-    seconds = options.seconds - (time.monotonic() - start)
-    results = tune(
-        cases, device, graph_stopwatch, rounds=options.rounds, seconds=seconds,
-        keep=lambda result: store(out, [result], machine),
-    )  # fmt: skip
+    compiling = Precompiling(options.kernel, cases, min(12, len(os.sched_getaffinity(0))))
+    try:
+        results = tune(
+            cases, device, graph_stopwatch, rounds=options.rounds, seconds=options.seconds,
+            keep=lambda result: store(out, [result], machine), before=compiling.wait_for,
+        )  # fmt: skip
+    finally:
+        compiling.close()
     print(result_table(results))
     return 0
 
