@@ -28,6 +28,13 @@ class FakeStream:
     def wait_stream(self, other: FakeStream) -> None:
         self.cuda.log.append(("wait", self.name, other.name))
 
+    def record_event(self) -> str:
+        self.cuda.log.append(("event", self.name))
+        return f"event on {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.cuda.log.append(("wait", self.name, event))
+
 
 class FakeGraph:
     """A graph that replays the function that the captured code leaves in `replayed`."""
@@ -62,8 +69,10 @@ class FakeCuda:
     @contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
         before, self.current = self.current, stream
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextmanager
     def capture(self, graph: FakeGraph | None = None, **options: Any) -> Iterator[None]:
@@ -76,12 +85,32 @@ class FakeCuda:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """The stand-ins in place of torch.cuda's own; tensors note which streams they are recorded with."""
+    """The stand-ins in place of torch.cuda's own; tensors note when they are pinned, copied and recorded."""
     fake = FakeCuda()
 
     def record_stream(tensor: Tensor, stream: FakeStream) -> None:
         fake.log.append(("record", tensor.data_ptr(), stream.name))
 
+    def pin_memory(tensor: Tensor) -> Tensor:
+        fake.log.append(("pin", tensor.data_ptr()))
+        return tensor
+
+    def to(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        if GPU not in args:
+            return ordinary_to(tensor, *args, **options)
+        fake.log.append(("copy", tensor.data_ptr(), options.get("non_blocking", False), fake.current.name))
+        return tensor
+
+    def without_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, device: Any = None, pin_memory: bool = False, **options: Any) -> Tensor:
+            tensor = make(*args, device=None if device == GPU else device, **options)
+            if pin_memory:
+                fake.log.append(("pin", tensor.data_ptr()))
+            return tensor
+
+        return made
+
+    ordinary_to = Tensor.to
     monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)
     monkeypatch.setattr(torch.cuda, "stream", fake.on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: fake.current)
@@ -89,6 +118,10 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "graph", fake.capture)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.graph is not None)
     monkeypatch.setattr(Tensor, "record_stream", record_stream)
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Tensor, "to", to)
+    for name in ("tensor", "zeros", "empty"):
+        monkeypatch.setattr(torch, name, without_device(getattr(torch, name)))
     return fake
 
 
