@@ -93,7 +93,7 @@ def test_captured_steps_read_tables_that_stay(captures_on_cpu: FakeCuda) -> None
 
     def step(rows: Tensor, first_phase: bool) -> None:
         tables[:] = map(weakref.ref, (addresses(pointers, CPU), flow_triton.stacked_codes(31, 33, 8, CPU)))
-        tables.extend(map(weakref.ref, PositionalRows(37, 39, channels=8).codes(torch.float32, CPU)))
+        tables.extend(map(weakref.ref, PositionalRows(137, 139, channels=8).codes(torch.float32, CPU)))
 
     captured = CapturedSteps(step)
     for _ in range(WARM_UP_STEPS + 1):
@@ -132,11 +132,14 @@ class DevicesOfResults(TorchDispatchMode):
         return result
 
 
-def test_tables_without_a_warm_up(captures_on_cpu: FakeCuda) -> None:
+def test_tables_without_a_warm_up(captures_on_cpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture cannot copy from the host: the addresses are constants of kernels, the sines the device's own."""
     pointers, meta = (2**40 + 1, 2**56 + 3, 7), torch.device("meta")
+    expected = torch.tensor(pointers)
+    # It makes its tensor on the host.
+    monkeypatch.setattr(torch, "tensor", None)
     with captures_on_cpu.capture():
-        assert torch.equal(addresses(pointers, CPU), torch.tensor(pointers))
+        assert torch.equal(addresses(pointers, CPU), expected)
         assert torch.equal(axis_code(19, 8, torch.float32, CPU), _make_axis_code(19, 8, torch.float32, CPU))
         with DevicesOfResults() as devices:
             addresses(pointers, meta)
