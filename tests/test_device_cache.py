@@ -177,3 +177,32 @@ def test_weights_of_a_frozen_flow_stay_for_its_graphs(captures_on_cpu: FakeCuda)
     del flow
     gc.collect()
     assert read() is None
+
+
+@pytest.mark.equivalence
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_replays_after_the_caches_were_emptied() -> None:
+    """On a GPU: of a flow that keeps its weights and of one that packs them in the graph, through their addresses."""
+    spec, where = FlowSpec(8, 8, 2), PositionalRows(4, 6, channels=8)
+    kept = lively_flow(spec).cuda().requires_grad_(False).freeze()
+    packed = lively_flow(spec).cuda().requires_grad_(False)
+    x = torch.randn(24, 8, device="cuda")
+
+    def call() -> Tensor:
+        return torch.stack([flow(x, where, impl="triton").log_likelihood for flow in (kept, packed)])
+
+    expected = call().clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    kept.freeze()
+    for i in range(300):
+        addresses((i, i), x.device)
+    for i in range(1, 70):
+        flow_triton.stacked_codes(i, 1, 8, x.device)
+    junk = [torch.full((2**k,), torch.nan, device="cuda") for k in range(4, 20) for _ in range(20)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)
+    del junk
