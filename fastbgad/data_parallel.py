@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConfigError
 from .ranks import Place
+from .transfers import to_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,7 +109,7 @@ class DataParallel:
         The gradient of the result reaches this process's rows alone, multiplied by the number of processes: the average
         that DistributedDataParallel takes of the weights' gradients then is their sum.
         """
-        order = shared.order.to(lp.device, non_blocking=True)
+        order = to_device(shared.order, lp.device)
         labels = self._gather(anomalous.to(torch.uint8), shared.most)[order].bool()
         return _GatherRows.apply(lp, self, order, shared.most), labels
 

@@ -22,6 +22,7 @@ from .backbones import Backbone
 from .config import CellLabels
 from .errors import ConfigError, FeatureError, OutputError
 from .files import make_folder
+from .transfers import select_to_device, to_device
 
 Placement = Literal["auto", "device", "pinned", "memory", "disk"]
 
@@ -132,7 +133,7 @@ class FeatureStore:
         position: Tensor,  # int64 [n], y * width + x
     ) -> Tensor:
         """The numbers int64 [n] of patches among all patches of a level, where the features are."""
-        return (slot * self.levels[level].shape[1] + position).to(self.home, non_blocking=True)
+        return to_device(slot * self.levels[level].shape[1] + position, self.home)
 
     def patches(self, level: int) -> Tensor | None:
         """All patches of a level, [slots * h * w, C], if they are on the training device; None if they are elsewhere.
@@ -143,11 +144,11 @@ class FeatureStore:
 
     def gather(self, level: int, rows: Tensor) -> Tensor:
         """The features [n, C] of patches, on the training device."""
-        return self.levels[level].flatten(0, 1)[rows].to(self.device, non_blocking=True)
+        return select_to_device(self.levels[level].flatten(0, 1), rows, self.device)
 
     def labels(self, level: int, rows: Tensor) -> Tensor:
         """Which of the patches are anomalous, bool [n], on the training device."""
-        return self.masks[level].flatten()[rows].to(self.device, non_blocking=True)
+        return select_to_device(self.masks[level].flatten(), rows, self.device)
 
     def maps(self, level: int, slots: Sequence[int]) -> Tensor:
         """The features of some images as [n, C, h, w], on the training device."""

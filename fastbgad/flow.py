@@ -103,9 +103,12 @@ class ConditionalFlow(nn.Module):
 
         Weights that change afterwards are noticed where PyTorch counts changes (optimisers, `load_state_dict`, in-place
         operations), and packed again; what writes behind its back (`parameter.data`, a CUDA graph) needs another
-        `freeze`. Gradients and the reference are not affected. Returns self.
+        `freeze`. A CUDA graph that a user captures of this flow goes on computing with the weights that were kept when
+        it was captured. Gradients and the reference are not affected. Returns self.
         """
-        self._kept = KeptWeights()
+        if self._kept is None:
+            self._kept = KeptWeights()
+        self._kept.clear()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionalFlow:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .flow_spec import CouplingWeights, FlowSpec
+from .kernels.device_cache import DeviceCache
 from .ops import FlowPack, Geometry, Impl, PositionalRows, Precision, flow_packed, pack_flow
 from .ops.dispatch import compute_dtype, resolve_impl
 from .ops.flow import FlowImpl, is_wide, portable_or_native
 from .ops.flow_native import NativeFlow, pack_native
 from .ops.flow_packed import PackedFlow
 from .ops.flow_tables import FoldedFlow, fold_flow
-from .tensor_state import TensorState, tensor_state
+from .tensor_state import tensor_state
+
+Prepared = FlowPack | FoldedFlow | PackedFlow | NativeFlow
 
 # Of one flow. Each is as large as its weights; maps of two sizes in turn should not fold anew at every call.
 MOST_KEPT = 4
@@ -26,13 +29,22 @@ class KeptWeights:
 
     Weights that change are noticed where PyTorch counts changes (optimisers, `load_state_dict`, in-place operations);
     what writes behind its back (`parameter.data`, a CUDA graph) needs a `clear`.
+
+    A call that is captured as a CUDA graph uses what is kept, and every replay goes on with these very weights: they
+    are never freed while this object lives (`DeviceCache`). Where nothing fits, the captured call prepares its weights
+    itself at every replay.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[TensorState, FlowPack | FoldedFlow | PackedFlow | NativeFlow]] = {}
+        self._kept = DeviceCache[Prepared](MOST_KEPT)
 
     def clear(self) -> None:
+        """Forget the weights, except for the graphs that read them."""
         self._kept.clear()
+
+    def values(self) -> list[Prepared]:
+        """The forms that are kept now, the oldest first."""
+        return cast(list[Prepared], self._kept.values())
 
     def __reduce__(self) -> tuple[type[KeptWeights], tuple[()]]:
         """Copies and pickles start empty: what is kept belongs to these very tensors."""
@@ -46,7 +58,7 @@ class KeptWeights:
         condition: PositionalRows | Tensor | None,
         impl: Impl,
         precision: Precision,
-    ) -> FlowPack | FoldedFlow | PackedFlow | NativeFlow | None:
+    ) -> Prepared | None:
         """The kept form for `ops.flow_forward`; None for calls that cannot use it: gradients, the oracle, tracing."""
         if torch.compiler.is_compiling():
             return None
@@ -59,22 +71,16 @@ class KeptWeights:
         if kind == "reference" or (kind == "triton" and is_wide(spec, precision, needs_grad=False)):
             return None
         geometry, dtype = Geometry.of(condition, precision), compute_dtype(x)
-        key = kind, geometry, dtype, x.device
-        state = tensor_state(tensors)
-        kept = self._kept.get(key)
-        if kept is None or kept[0] != state:
+
+        def prepare() -> Prepared:
             if kind == "triton":
-                kept = state, pack_flow(layers, spec, geometry)
-            else:
-                positions = condition if isinstance(condition, PositionalRows) else None
-                if kind == "native":
-                    kept = state, pack_native(layers, spec, positions)
-                elif flow_packed.available(spec, dtype, x.device):
-                    kept = state, flow_packed.pack_products(layers, spec, positions, len(x))
-                else:
-                    kept = state, fold_flow(layers, spec, positions, dtype)
-            self._kept.pop(key, None)
-            while len(self._kept) >= MOST_KEPT:
-                del self._kept[next(iter(self._kept))]  # the oldest
-            self._kept[key] = kept
-        return kept[1]
+                return pack_flow(layers, spec, geometry)
+            positions = condition if isinstance(condition, PositionalRows) else None
+            if kind == "native":
+                return pack_native(layers, spec, positions)
+            if flow_packed.available(spec, dtype, x.device):
+                return flow_packed.pack_products(layers, spec, positions, len(x))
+            return fold_flow(layers, spec, positions, dtype)
+
+        key = kind, geometry, dtype, x.device
+        return cast(Prepared, self._kept.get(key, x.device, prepare, tensor_state(tensors)))

@@ -44,8 +44,11 @@ class SynthesisAhead:
         self._makers = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="fastbgad-synthesis")
         self._extractor = ThreadPoolExecutor(1, thread_name_prefix="fastbgad-extraction")
         self._in_background = features.device.type == "cuda"
+        # One for all generations: PyTorch deals out 32 streams in turn, so a new one for each would before long be that
+        # of a level, and could be asked for work while a step is captured on it.
+        self._stream = torch.cuda.Stream(features.device) if self._in_background else None
         self._images: dict[int, list[Future[LoadedSample]]] = {}
-        self._extracted: dict[int, Future[torch.cuda.Event]] = {}
+        self._extracted: dict[int, Future[None]] = {}
         self._there = -1  # the generation whose features were handed out last
 
     def slots(self, generation: int) -> list[int]:
@@ -63,15 +66,14 @@ class SynthesisAhead:
             return []
         if generation != self._there:
             if self._in_background:
-                torch.cuda.current_stream(self.features.device).wait_event(self._start(generation).result())
+                self._start(generation).result()
             else:
                 self._extract(generation)
             self._forget(generation)
             self._there = generation
             if generation + 1 < self.generations:
                 if self._in_background:
-                    # What still reads the other bank was asked for before this moment.
-                    self._start(generation + 1, after=torch.cuda.current_stream(self.features.device).record_event())
+                    self._start(generation + 1)
                 else:
                     self._make(generation + 1)
         return self.slots(generation)
@@ -86,20 +88,24 @@ class SynthesisAhead:
             self._images[generation] = [self._makers.submit(self.anomalies.get, generation, i) for i in self.indices]
         return self._images[generation]
 
-    def _start(self, generation: int, after: torch.cuda.Event | None = None) -> Future[torch.cuda.Event]:
+    def _start(self, generation: int) -> Future[None]:
         if generation not in self._extracted:
             self._make(generation)
-            self._extracted[generation] = self._extractor.submit(self._extract_aside, generation, after)
+            # What still fills the store or reads the bank that is filled next was asked for before this moment.
+            before = torch.cuda.current_stream(self.features.device).record_event()
+            self._extracted[generation] = self._extractor.submit(self._extract_aside, generation, before)
         return self._extracted[generation]
 
-    def _extract_aside(self, generation: int, after: torch.cuda.Event | None) -> torch.cuda.Event:
-        """In the background: `_extract` on a stream of its own; the event tells when the features are there."""
-        stream = torch.cuda.Stream(self.features.device)
-        with torch.cuda.stream(stream):
-            if after is not None:
-                stream.wait_event(after)
-            self._extract(generation)
-            return stream.record_event()
+    def _extract_aside(self, generation: int, before: torch.cuda.Event) -> None:
+        """In the background: `_extract` on a stream of its own; returns when the features are there."""
+        assert self._stream is not None
+        try:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(before)
+                self._extract(generation)
+        finally:
+            # This thread may wait, and then nobody else has to: not for the features, nor before the store is freed.
+            self._stream.synchronize()
 
     def _extract(self, generation: int) -> None:
         slots, size = self.slots(generation), self.features.batch_size

@@ -3,6 +3,10 @@
 A step of the flow is some dozens of short kernels; launched one by one from Python they take longer to ask for than to
 run. A graph repeats them with the same memory, so the rows of a step are copied to where the recorded step reads them;
 everything else that changes (weights, moments, learning rate, sums) is on the device already.
+
+A graph holds addresses, not tensors: what a step reads and does not make itself must stay where it is for as long as
+the graph is replayed. Weights, moments, learning rate, sums and features belong to the trainer whose method the step
+is; tables that are kept for later calls are never freed once a capture has read them (`kernels/device_cache.py`).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from .loss_record import COLUMNS, loss_row
 from .losses import training_loss
 from .ops import PositionalRows
 from .training_graph import CapturedSteps
+from .transfers import to_device
 
 
 class LevelTrainer:
@@ -52,7 +53,14 @@ class LevelTrainer:
         self.lr = torch.tensor(config.schedule.lr, device=self.device) if on_gpu else config.schedule.lr
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True, capturable=on_gpu)
         self.sums = torch.zeros(COLUMNS, dtype=torch.float64, device=self.device)
-        self.module: nn.Module = flow if parallel is None else parallel.wrap(flow)
+        self.module: nn.Module = flow
+        if parallel is not None:
+            # DistributedDataParallel makes the nodes that accumulate and exchange gradients, and they keep the stream
+            # that they were made on. On another than the level's own, all levels would wait for each other there.
+            self.begin()
+            with self.on_stream():
+                self.module = parallel.wrap(flow)
+            self.end()
         # Processes that share a step exchange gradients in it, which is left to run as usual.
         captured = on_gpu and parallel is None and store.patches(level) is not None
         self.steps = CapturedSteps(self._step) if captured else None
@@ -76,7 +84,7 @@ class LevelTrainer:
         with self.on_stream():
             for chunk in chunks:
                 rows = chunk if isinstance(chunk, Tensor) else chunk.rows
-                rows = rows.to(self.store.home, non_blocking=True)
+                rows = to_device(rows, self.store.home)
                 if self.steps is not None:
                     self.steps(rows, first_phase)
                 else:
@@ -117,7 +125,7 @@ class LevelTrainer:
         if patches is not None:
             where = PositionalRows(self.height, self.width, channels=channels) if channels else None
             return self.module(patches, where, rows=rows).log_likelihood
-        position = rows % self.area
+        position = to_device(rows % self.area, self.device)
         where = PositionalRows(self.height, self.width, position, channels) if channels else None
         return self.module(self.store.gather(self.level, rows), where).log_likelihood
 

@@ -6,7 +6,6 @@ it. The tensors of all layers are read where they are, through a table of their 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device_cache import DeviceCache, capturing
 from .flow_tiles import DENSE, TABLES
 from .flow_weights import HIDDEN_MULTIPLE, FlowWeights, tile_channels, tile_condition
 
@@ -341,10 +341,23 @@ def flow_pack(
     return packed
 
 
-@functools.lru_cache(maxsize=256)
+_tables: DeviceCache[Tensor] = DeviceCache(256)
+
+
 def addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     """Addresses as a tensor on the device, int64. Equal addresses make an equal table, whoever the tensors are."""
-    return torch.tensor(pointers, dtype=torch.int64, device=device)
+    return _tables.get((pointers, device), device, lambda: _table(pointers, device))
+
+
+def _table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    if not capturing(device):
+        return torch.tensor(pointers, dtype=torch.int64, device=device)
+    # A replay would read again whatever then lies where the host's list was, so a capture refuses that copy. A number
+    # that is filled in is part of the captured kernel.
+    table = torch.empty(len(pointers), dtype=torch.int64, device=device)
+    for place, pointer in zip(table, pointers, strict=True):
+        place.fill_(pointer)
+    return table
 
 
 def flow_unpack(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from fastbgad.image_features import ImageFeatures
 from fastbgad.model import BGAD
 from fastbgad.synthesis_ahead import SynthesisAhead
 from fastbgad.training import fit, spare_slots
+from tests.fake_cuda import GPU, FakeCuda, fake_cuda
 from tests.models import SIZE, tiny_config, tiny_model, tiny_split
+
+__all__ = ["fake_cuda"]
 
 
 @pytest.fixture
@@ -103,6 +108,24 @@ def test_synthesis_is_made_ahead_in_turns(split: Split) -> None:
     ahead.close()
     assert banks[0] == banks[2]
     assert not banks[0] & banks[1]
+
+
+def test_synthesis_in_the_background_has_one_stream(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts after all work asked for so far, and its features are there when its thread is done."""
+    features: Any = SimpleNamespace(device=GPU, spare=range(2))
+    anomalies: Any = SimpleNamespace(get=lambda generation, index: None)
+    ahead = SynthesisAhead(anomalies, [0], features, generations=2, workers=1)
+    monkeypatch.setattr(
+        ahead, "_extract", lambda generation: fake_cuda.log.append((generation, fake_cuda.current.name))
+    )
+    assert [ahead.take(generation) for generation in range(2)] == [[0], [1]]
+    ahead.close()
+    aside = "stream 1"
+    assert len(fake_cuda.streams) == 2
+    for generation in range(2):
+        assert fake_cuda.log[4 * generation : 4 * generation + 4] == [
+            ("event", "default"), ("wait", aside, "event on default"), (generation, aside), ("synchronize", aside)
+        ]  # fmt: skip
 
 
 def test_an_anomaly_that_cannot_be_pasted_ends_training_with_its_name(split: Split) -> None:

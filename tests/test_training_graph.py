@@ -6,7 +6,7 @@ The CUDA graph itself is replaced by one that records the function: what is test
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,64 +18,32 @@ from torch import Tensor
 from fastbgad import training_graph
 from fastbgad.training import fit
 from fastbgad.training_graph import WARM_UP_STEPS, CapturedSteps
+from tests.fake_cuda import FakeCuda, fake_cuda
 from tests.models import tiny_config, tiny_model, tiny_split
 
-
-class Recording:
-    """Stands in for `torch.cuda.CUDAGraph`: replays the step that ran while it was being captured."""
-
-    current: Recording | None = None
-
-    def __init__(self) -> None:
-        self.step: Callable[[], None] | None = None
-        self.replays = 0
-
-    def replay(self) -> None:
-        assert self.step is not None
-        self.replays += 1
-        self.step()
-
-
-@pytest.fixture
-def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
-    made: list[Recording] = []
-
-    def new() -> Recording:
-        made.append(Recording())
-        return made[-1]
-
-    @contextmanager
-    def capture(graph: Recording, **options: Any) -> Iterator[None]:
-        Recording.current = graph
-        yield
-        Recording.current = None
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
-    return made
+__all__ = ["fake_cuda"]
 
 
 class Steps:
     """A step that adds up its rows; while it is captured it only notes what to do, as a GPU would."""
 
-    def __init__(self) -> None:
-        self.total = 0
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.total = cuda, 0
         self.calls: list[tuple[int, bool]] = []
 
     def __call__(self, rows: Tensor, first_phase: bool) -> None:
         def work() -> None:
             self.total += int(rows.sum()) * (10 if first_phase else 1)
 
-        if Recording.current is not None:
-            Recording.current.step = work
+        if self.cuda.graph is not None:
+            self.cuda.graph.replayed = work
         else:
             self.calls.append((len(rows), first_phase))
             work()
 
 
-def test_steps_are_captured_by_size_and_phase_and_replayed_with_their_own_rows(fake_graphs: list[Recording]) -> None:
-    steps = Steps()
+def test_steps_are_captured_by_size_and_phase_and_replayed_with_their_own_rows(fake_cuda: FakeCuda) -> None:
+    steps = Steps(fake_cuda)
     captured = CapturedSteps(steps)
     generator = torch.Generator().manual_seed(0)
     expected = 0
@@ -85,17 +53,17 @@ def test_steps_are_captured_by_size_and_phase_and_replayed_with_their_own_rows(f
         expected += int(rows.sum()) * (10 if first_phase else 1)
         captured(rows, first_phase)
         assert steps.total == expected  # warm-up, the step of the capture, and replays alike
-    assert len(fake_graphs) == 3
+    assert len(fake_cuda.graphs) == 3
     assert len(steps.calls) == 3 * WARM_UP_STEPS
-    assert sum(graph.replays for graph in fake_graphs) == len(plan) - 3 * WARM_UP_STEPS
+    assert sum(graph.replays for graph in fake_cuda.graphs) == len(plan) - 3 * WARM_UP_STEPS
 
 
-def test_what_cannot_be_captured_runs_as_usual(fake_graphs: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps()
+def test_what_cannot_be_captured_runs_as_usual(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(fake_cuda)
     captured = CapturedSteps(steps)
 
     @contextmanager
-    def refuse(graph: Recording, **options: Any) -> Iterator[None]:
+    def refuse(graph: object, **options: Any) -> Iterator[None]:
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 
@@ -121,7 +89,7 @@ def test_captured_training_is_the_same_training(tmp_path: Path, monkeypatch: pyt
         config = tiny_config(meta_epochs=4)
         model = tiny_model(config).to("cuda")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a step that could not be captured
+            warnings.filterwarnings("error", message="training steps cannot be captured")
             fit(model, split, config)
         flows.append(model.flows.state_dict())
     for name, tensor in flows[0].items():

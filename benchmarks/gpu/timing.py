@@ -83,4 +83,6 @@ def as_graph(call: Callable[[], Any]) -> Callable[[], Any]:
         graph.replay()
         return recorded
 
+    # The graph holds the addresses of what the call read; the call holds the tensors.
+    replay.call = call  # type: ignore[attr-defined]
     return replay

@@ -23,12 +23,13 @@ from ..errors import FeatureError, UnsupportedFlowError
 from ..flow import ConditionalFlow
 from ..flow_spec import CouplingWeights, FlowSpec
 from ..kept_weights import KeptWeights
+from ..kernels.device_cache import DeviceCache
 from ..ops import FlowOutput, Impl, PositionalRows, Precision, flow_forward, flow_inverse
 from ..ops.dispatch import check_impl, check_precision, compute_dtype
 from ..permutations import permutation_matrix
 from ..positional import separable
 from ..reference.flow import global_affine_scale
-from ..tensor_state import TensorState, tensor_state
+from ..tensor_state import tensor_state
 from .bgad_flow import FlowDecoder
 from .cflow import AcceleratedCflow, check_cflow, looks_like_cflow
 from .class_swap import exporting, original_class, rebuild, swap, swap_back
@@ -116,7 +117,7 @@ class AcceleratedState:
     def __init__(self, flow: nn.Module, name: str, impl: Impl, precision: Precision) -> None:
         self.name, self.impl, self.precision = name, impl, precision
         self.kept = KeptWeights()
-        self._matrices: dict[Any, tuple[TensorState, Tensor]] = {}
+        self._matrices = DeviceCache[Tensor]()
         self._replaced: list[tuple[nn.Module, str, Any]] = []
         self._warned = False
         self.read(flow, flow.forward)
@@ -143,10 +144,7 @@ class AcceleratedState:
     def _matrix(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The matrix of a permutation index, made once per index, device and type."""
         key, state = (id(index), index.device, dtype), tensor_state([index])
-        kept = self._matrices.get(key)
-        if kept is None or kept[0] != state:
-            kept = self._matrices[key] = state, permutation_matrix(index, dtype)
-        return kept[1]
+        return cast(Tensor, self._matrices.get(key, index.device, lambda: permutation_matrix(index, dtype), state))
 
     def make_picklable(self, flow: nn.Module) -> None:
         """FrEIA keeps lambdas in its blocks, which cannot be pickled; functions that can take their place."""
@@ -169,8 +167,8 @@ class AcceleratedState:
         self._matrices.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        # what is kept belongs to these tensors, and the lambdas stay here
-        return {**self.__dict__, "_matrices": {}, "_replaced": []}
+        # the lambdas stay here
+        return {**self.__dict__, "_replaced": []}
 
 
 class AcceleratedFlow(nn.Module):

@@ -10,7 +10,6 @@ Packing is plain PyTorch outside the operators: a compiler may fuse it, and a fr
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..flow_spec import CouplingWeights, FlowSpec, GlobalAffine
+from ..kernels.device_cache import DeviceCache
 from .dispatch import Precision, interpreting
 from .flow_tables import global_affine_scale
 from .gradient_scale import gradient_scale
@@ -72,9 +72,16 @@ def pack_flow(layers: Sequence[CouplingWeights], spec: FlowSpec, geometry: Geome
     return FlowPack(list(packed), geometry)
 
 
-@functools.lru_cache(maxsize=64)
+_codes = DeviceCache[Tensor](64)
+
+
 def stacked_codes(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     """The codes of a map's lines and then of its columns, float32 [height + width, PP / 2], padded with zeros."""
+    key = height, width, channels, device
+    return cast(Tensor, _codes.get(key, device, lambda: _stack_codes(*key)))
+
+
+def _stack_codes(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     from ..kernels.flow_weights import tile_condition
 
     columns, lines = PositionalRows(height, width, channels=channels).codes(torch.float32, device)

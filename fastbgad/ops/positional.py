@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import FeatureError
+from ..kernels.device_cache import DeviceCache, capturing
 
 
 class PositionalRows:
@@ -59,9 +60,7 @@ class PositionalRows:
     def codes(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The codes of all columns [width, channels / 2] and of all rows [height, channels / 2]."""
         half = self.channels // 2
-        # Tensors that are made while a graph is traced must not be kept for later calls.
-        code = axis_code.__wrapped__ if torch.compiler.is_compiling() else axis_code
-        return code(self.width, half, dtype, device), code(self.height, half, dtype, device)
+        return axis_code(self.width, half, dtype, device), axis_code(self.height, half, dtype, device)
 
     def dense(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The condition as a tensor [rows, channels]."""
@@ -70,12 +69,22 @@ class PositionalRows:
         return torch.cat([column_code[position % self.width], row_code[position // self.width]], dim=1)
 
 
-@functools.lru_cache(maxsize=64)
+_codes = DeviceCache[Tensor](64)
+
+
 def axis_code(length: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Interleaved sin(i f_k), cos(i f_k) with f_k = exp(-2 k ln(10^4) / channels): [length, channels].
 
     Computed in float64: in float32 the angle of a place 1000 patches away is off by 6e-5.
     """
-    frequency = torch.exp(torch.arange(0, channels, 2, dtype=torch.float64) * (-math.log(1e4) / channels))
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    key = length, channels, dtype, device
+    return cast(Tensor, _codes.get(key, device, lambda: _make_axis_code(*key)))
+
+
+def _make_axis_code(length: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # The CPU's sines, so that all devices see the same codes; but nothing can be copied from the host in a capture.
+    maker = device if capturing(device) else torch.device("cpu")
+    exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=maker)
+    frequency = torch.exp(exponent * (-math.log(1e4) / channels))
+    angle = torch.arange(length, dtype=torch.float64, device=maker)[:, None] * frequency
     return torch.stack([torch.sin(angle), torch.cos(angle)], dim=2).reshape(length, channels).to(device, dtype)
