@@ -82,7 +82,7 @@ How much work there is, how long it takes, and against what. Every measured figu
 | --- | --- |
 | `make bench` | times all contenders side by side on this machine and keeps the figures in `results/<machine>.json` |
 | `make bench-check` | tells from ratios whether anything has become slower |
-| `make gpu` | on a CUDA GPU: equivalence tests, tuning, and all contenders into `results/<gpu>/` |
+| `make gpu` | on a CUDA GPU: every kernel checked, timed and tuned; its figures go into `results/<gpu>/` |
 | `make bench-page` | writes this page |
 
 A contender is compared with the oracle before it is timed; one that differs is reported as failed and has no time.
@@ -107,7 +107,7 @@ error is the largest one relative to the oracle. The fastest is bold."""
 
 NO_GPU = """\
 There is no result file of a GPU yet: what the kernels reach there is not known, and no floor above was held against a
-time. On a machine with a GPU, `make gpu` measures it; please send us the file it writes."""
+time. On a machine with a GPU, `make gpu` measures it; please send us the folder it writes."""
 
 
 def roofline_section(sources: Sequence[Source]) -> Iterator[str]:

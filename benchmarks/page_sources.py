@@ -23,7 +23,7 @@ class Source:
     Attributes:
         label: its path below the folder of the page.
         machine: what its figures were measured on.
-        results: as `harness.stamped` gives them; those of `gpu.py` have "of_floor" per contender and may be "refused".
+        results: as `harness.stamped` gives them; those of a GPU have "of_floor" per contender and may be "refused".
         notes: what is to be said about the whole file.
         chip: rates measured on that machine, if the file has them.
     """
@@ -46,7 +46,7 @@ def read_sources(folder: Path) -> list[Source]:
         for path in sorted(gpu.glob("*.json"), reverse=True):  # their names begin with the date
             content = _read(path)
             if not isinstance(content, dict):
-                raise _damaged(path, "it holds no run of gpu.py")
+                raise _damaged(path, "it holds no run of `make gpu`")
             if content.get("measured"):
                 sources.append(_from_gpu(path, f"{folder.name}/{gpu.name}/{path.name}", content))
                 break
@@ -101,7 +101,7 @@ def _from_gpu(path: Path, label: str, content: Mapping[str, Any]) -> Source:
 
 
 def _case(case: Mapping[str, Any]) -> dict[str, Any]:
-    """A case of gpu.py as the harness would have written it."""
+    """A case of `make gpu` as the harness would have written it."""
     contenders: dict[str, dict[str, Any]] = {}
     for name, entry in case.get("contenders", {}).items():
         if "median_us" not in entry:

@@ -50,7 +50,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def _copy_seconds(device: torch.device) -> float:
-    source = torch.zeros(_COPY_BYTES, dtype=torch.int8, device=device)
+    # Random, as real data are: what the memory system can compress or skip would flatter the ceiling.
+    source = torch.randint(-128, 128, (_COPY_BYTES,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return _median_seconds(lambda: target.copy_(source), device)
 

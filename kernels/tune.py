@@ -237,25 +237,22 @@ def tune(
 class Precompiling:
     """Run every candidate once in processes of their own, so that its compiled kernel lies in Triton's cache.
 
-    Compiling takes seconds a candidate and holds the interpreter's lock. The entries are compiled in order, and those
-    that come later go on compiling while the first are measured. What fails here fails again, and is reported, where
-    the candidates are measured.
+    Compiling takes seconds a candidate and holds the interpreter's lock; measuring takes a second or two a case.
+    Nothing is compiled while a case is measured: these processes launch what they compile on the same GPU. What fails
+    here fails again, and is reported, where the candidates are measured.
     """
 
-    def __init__(self, kernels: Sequence[str], cases: Sequence[TuningCase], processes: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, mp_context=spawn)
-        self._waiting = {
-            (case.kernel, case.key): [
-                self._pool.submit(_compile, (tuple(kernels), case.kernel, case.key, dict(tiles)))
-                for tiles in (default_tiles()[case.kernel][case.key], *case.candidates)
-            ]
-            for case in cases
-        }
+    def __init__(self, kernels: Sequence[str], processes: int) -> None:
+        self._kernels = tuple(kernels)
+        self._pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
-    def wait_for(self, case: TuningCase) -> None:
+    def run(self, case: TuningCase) -> None:
         """Return when the candidates of a case have been compiled, or cannot be."""
-        for future in self._waiting.pop((case.kernel, case.key), ()):
+        tasks = [
+            (self._kernels, case.kernel, case.key, dict(tiles))
+            for tiles in (default_tiles()[case.kernel][case.key], *case.candidates)
+        ]
+        for future in [self._pool.submit(_compile, task) for task in tasks]:
             future.exception()
 
     def close(self) -> None:
@@ -391,11 +388,11 @@ def _run(options: argparse.Namespace) -> int:
     cases = collect(options.kernel)
     print(f"tuning {len(cases)} entries for {torch.cuda.get_device_name(device)} into {out}")
     machine = describe_machine(device)
-    compiling = Precompiling(options.kernel, cases, min(12, len(os.sched_getaffinity(0))))
+    compiling = Precompiling(options.kernel, min(12, len(os.sched_getaffinity(0))))
     try:
         results = tune(
             cases, device, graph_stopwatch, rounds=options.rounds, seconds=options.seconds,
-            keep=lambda result: store(out, [result], machine), before=compiling.wait_for,
+            keep=lambda result: store(out, [result], machine), before=compiling.run,
         )  # fmt: skip
     finally:
         compiling.close()

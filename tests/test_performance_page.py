@@ -70,7 +70,7 @@ def section(written: str, title: str) -> str:
 
 
 def gpu_run(**entries: Any) -> dict[str, Any]:
-    """A file of gpu.py with one case."""
+    """A file of `make gpu` with one case."""
     case = {"name": "flow, 64 rows", "baseline": "eager FrEIA", "notes": [], "contenders": entries, "floor_us": 10.0}
     refused = {"name": "boundary, 64 rows", "refused": "the equivalence tests of boundary failed"}
     return {

@@ -230,6 +230,28 @@ def test_no_time_and_no_candidate(device: torch.device) -> None:
     assert "no candidate runs" in lines[1]
 
 
+def test_the_most_valuable_entries_come_first() -> None:
+    """Whatever ends a tuning, what users wait for most is done; all others follow."""
+    entries = [(case.kernel, case.key) for case in tune.collect(MODULES)]
+    assert tuple(entries[: len(tune.MOST_VALUABLE)]) == tune.MOST_VALUABLE
+    assert len(set(entries)) == len(entries) > len(tune.MOST_VALUABLE)
+
+
+def test_candidates_are_compiled_before_their_case_is_measured(device: torch.device) -> None:
+    events: list[str] = []
+    cases = [small_case(device, []), small_case(device, [])]
+
+    def clock(run: Callable[[], object]) -> Callable[[], float]:
+        def once() -> float:
+            events.append("measured")
+            return 1.0
+
+        return once
+
+    tune.tune(cases, device, clock, rounds=1, say=lambda line: None, before=lambda case: events.append("compiled"))
+    assert events == ["compiled", "measured"] * 2
+
+
 def test_every_case_has_a_default_with_the_same_names() -> None:
     default = default_tiles()
     cases = tune.collect(MODULES)

@@ -10,7 +10,7 @@ from PIL import Image
 from fastbgad.data import write_noise_images
 
 # Grey levels by which a defect is darker or brighter than the texture under it: some are hard to see.
-FAINTEST, STRONGEST = 10.0, 45.0
+FAINTEST, STRONGEST = 40.0, 110.0
 
 
 def write_category(root: Path, normals: int, test_normals: int, defects: int, side: int, seed: int = 0) -> Path:

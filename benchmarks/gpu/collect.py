@@ -66,7 +66,7 @@ def collect(out: Path, here: Mapping[str, Any]) -> tuple[str, Record]:
         "machine": environment["machine"],
         "driver": environment.get("driver"),
         "versions": environment["versions"],
-        "ceilings": environment["ceilings"],
+        "ceilings": next((r["ceilings"] for stage in CASES for r in by_stage.get(stage, []) if "ceilings" in r), None),
         "seconds": sum(r["seconds"] for r in records if r.get("stage") == "run" and r["outcome"] == "ends"),
         "cases": [_case(record) for stage in CASES for record in by_stage.get(stage, []) if "contenders" in record],
         "equivalence": _equivalence(by_stage.get("tests", [])),

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log = (options.out / LOG).open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         return _refuse(f"cannot write into {options.out}: {error.strerror}; name another folder with --out")
+    os.environ.pop("TRITON_INTERPRET", None)  # the jobs that want the interpreter say so
     if options.driver == "cuda":
         try:
             os.environ |= carried.environment()

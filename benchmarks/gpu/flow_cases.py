@@ -153,9 +153,8 @@ def _side_by_side(calls: Sequence[Callable[[], Tensor]], streams: Sequence[torch
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             found.append(call())
-    for stream, result in zip(streams, found, strict=True):
+    for stream in streams:
         current.wait_stream(stream)
-        result.record_stream(current)
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastbgad.roofline import measure_ceilings
 
-from .case import Case, measure
+from .case import KERNELS, Case, measure
 from .context import Context, Found, Items
 from .flow_cases import flow_case
 from .row_cases import boundary_case, log_likelihood_case, loss_case, score_map_case
@@ -19,14 +19,23 @@ LEVELS = ((40, 256), (72, 128), (200, 64))
 THREE_LEVELS = "flow, three levels of a 1024-pixel image"
 
 
-def items(context: Context) -> Items:
-    """Return the cases, the most important ones first."""
+def items(context: Context, kernels_only: bool = False) -> Items:
+    """Return the cases, the most important ones first.
+
+    Args:
+        context: of the run.
+        kernels_only: leave out every contender but the baseline and the kernels.
+    """
     limits: dict[str, float] = {}
 
     def run(make: Callable[[], Case]) -> Found:
         if context.driver == "cuda" and not limits:
             limits.update(measure_ceilings(context.device)._asdict())
-        found = measure(make(), context, limits)
+        case = make()
+        if kernels_only:
+            kept = {name for name in case.contenders if KERNELS in name} | {next(iter(case.contenders))}
+            case.contenders = {name: prepare for name, prepare in case.contenders.items() if name in kept}
+        found = measure(case, context, limits)
         return found | ({"ceilings": dict(limits)} if limits else {})
 
     return {name: partial(run, make) for name, make in cases(context.device, context.tiny)}

@@ -14,7 +14,7 @@ def items(context: Context) -> Items:
         return {}
     if not Path(context.tiles).exists():
         return {"headline, tuned": _nothing}
-    return {f"{name}, tuned": item for name, item in headline.items(context).items()}
+    return {f"{name}, tuned": item for name, item in headline.items(context, kernels_only=True).items()}
 
 
 def _nothing() -> Found:

@@ -112,11 +112,9 @@ def environment(context: Context) -> Found:
     }
     if context.driver == "cuda":
         from fastbgad.kernels.tune import output_of
-        from fastbgad.roofline import measure_ceilings
 
         found["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["gpu"] = torch.cuda.get_device_name()
-        found["ceilings"] = measure_ceilings(context.device)._asdict()
     return found
 
 
@@ -272,8 +270,10 @@ def _captured(context: Context) -> Found:
             group["lr"] = torch.tensor(1e-3, device=context.device)
         take: Callable[[Tensor, bool], None] = CapturedSteps(step.on_rows) if capture else step.on_rows
         rows = step.rows
-        for number in range(8):
-            take(rows.roll(number), False)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be captured
+            for number in range(8):
+                take(rows.roll(number), False)
         torch.cuda.synchronize()
         flows.append(torch.cat([p.detach().reshape(-1) for p in step.parameters]))
     error = whole_error(flows[0], flows[1].double())

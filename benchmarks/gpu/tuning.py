@@ -26,7 +26,7 @@ def items(context: Context) -> Items:
     if context.driver != "cuda":
         cases = cases[-1:]
         return {_name(case): partial(_rehearse, context, case) for case in cases}
-    compiling = Precompiling(MODULES, cases, min(12, len(os.sched_getaffinity(0))))
+    compiling = Precompiling(MODULES, min(12, len(os.sched_getaffinity(0))))
     return {_name(case): partial(_tune, context, case, compiling) for case in cases}
 
 
@@ -38,7 +38,7 @@ def _tune(context: Context, case: TuningCase, compiling: Precompiling) -> Found:
     device = torch.device("cuda", torch.cuda.current_device())
     machine = describe_machine(device)
     lines: list[str] = []
-    results = tune([case], device, graph_stopwatch, rounds=ROUNDS, say=lines.append, before=compiling.wait_for)
+    results = tune([case], device, graph_stopwatch, rounds=ROUNDS, say=lines.append, before=compiling.run)
     if results:
         store(context.out / TILES, results, machine)
         # The folder of the package may not come back from the machine; what runs after this uses it all the same.
