@@ -65,6 +65,7 @@ gpu:
 PYTHON312 ?= python3.12
 GPU_VENV := .venv-gpu
 $(GPU_VENV)/installed: benchmarks/gpu/requirements.txt
+	@$(PYTHON312) -c "" || { echo "error: this needs Python 3.12: name it by PYTHON312=PATH" >&2; exit 2; }
 	@echo "installing into $(GPU_VENV); the first time this downloads PyTorch and takes some minutes"
 	$(PYTHON312) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<

@@ -1,4 +1,4 @@
-"""What a run carries to a machine without a network: compiled kernels, and wheels of packages that it lacks.
+"""Carry compiled kernels, and wheels of missing packages, to a machine without a network.
 
 `python -m benchmarks.gpu.carried` compiles the kernels that a run asks for, without a GPU (`make gpu-carry`), and
 packs them into .gpu/kernels.tar.xz. A run unpacks them into .gpu/triton-cache, which has the form of Triton's own
@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".gpu"
 ARCHIVE, CACHE, WHEELS = FOLDER / "kernels.tar.xz", FOLDER / "triton-cache", FOLDER / "wheels"
+MADE_WITH = "made-with.json"
 MOST_BYTES = 45 * 10**6
 # Stages whose kernels are carried.
 STAGES = ("smoke", "headline", "whole", "tests")
@@ -41,6 +42,15 @@ class CarriedError(Exception):
 def digest(key: str) -> str:
     """Return the first digits of the SHA-256 of a key, enough to see whether two are the same."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def compiler() -> dict[str, str]:
+    """Return what decides whether a carried kernel is found, beside the kernel's own source."""
+    import triton
+    from triton.runtime.cache import triton_key
+
+    ptxas = triton.knobs.nvidia.ptxas.version
+    return {"triton": triton.__version__, "triton_key": digest(triton_key()), "ptxas": str(ptxas)}
 
 
 def environment() -> dict[str, str]:
@@ -62,9 +72,11 @@ def environment() -> dict[str, str]:
 
 def pack() -> None:
     """Write what Triton needs of the cache into the archive; the kernels' intermediate text stays here."""
+    (CACHE / MADE_WITH).write_text(json.dumps(compiler()))
     temporary = ARCHIVE.with_name(f".{ARCHIVE.name}.{os.getpid()}")
     try:
         with tarfile.open(temporary, "w:xz") as archive:
+            archive.add(CACHE / MADE_WITH, MADE_WITH)
             for path in sorted(CACHE.glob("*/*")):
                 if path.is_file() and (path.suffix in (".cubin", ".json")):
                     archive.add(path, path.relative_to(CACHE).as_posix())
@@ -101,10 +113,12 @@ def relocate(cache: Path) -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Return how many kernels are carried, and in how many bytes."""
-    if not ARCHIVE.exists():
+    """Return how many kernels are carried, in how many bytes, and what they were compiled with."""
+    if not ARCHIVE.exists() or not (CACHE / MADE_WITH).exists():
         return {"kernels": 0}
-    return {"kernels": len(list(CACHE.glob(f"*/{_GROUP}*"))), "bytes": ARCHIVE.stat().st_size}
+    made = json.loads((CACHE / MADE_WITH).read_text())
+    kernels = len(list(CACHE.glob(f"*/{_GROUP}*")))
+    return {"kernels": kernels, "bytes": ARCHIVE.stat().st_size, "made_with": made}
 
 
 def build(stages: Sequence[str], say: Callable[[str], object] = print) -> int:

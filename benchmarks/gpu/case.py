@@ -24,7 +24,7 @@ class SkippedError(Exception):
 
 @dataclass
 class Contender:
-    """What is timed, and what it computes.
+    """A call to time, and what it computes.
 
     Attributes:
         call: one run; its work is done on the device when the stream has caught up.

@@ -1,4 +1,4 @@
-"""Make of a run's output folder the files that are committed.
+"""Turn a run's output folder into the files that are committed.
 
     python3 -m benchmarks.gpu.collect OUT
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _refuse(f"cannot write into {options.out}: {error.strerror}; name another folder with --out")
     os.environ.pop("TRITON_INTERPRET", None)  # the jobs that want the interpreter say so
-    if options.driver == "cuda":
+    if not options.launch_only:
         try:
             os.environ |= carried.environment()
         except carried.CarriedError as error:
@@ -97,6 +97,7 @@ def _run(
                 say(line(left_out))
                 continue
             say(textwrap.fill(f"{stage.name}: {stage.about}; at most {seconds:.0f} s", WIDTH))
+            records.add({"stage": stage.name, "outcome": "begins", "budget": round(seconds, 1)})
 
             def keep(result: dict[str, Any], stage: Stage = stage) -> None:
                 if options.driver != "cuda" and result["outcome"] == "measured":

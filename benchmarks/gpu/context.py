@@ -22,7 +22,7 @@ Items = Mapping[str, Callable[[], Found]]
 
 @dataclass
 class Context:
-    """How the items of a stage run.
+    """Describe how the items of a stage run.
 
     Attributes:
         driver: what launches kernels.

@@ -1,4 +1,4 @@
-"""The flow's inference on whole feature maps, against FrEIA's.
+"""Contenders for the flow's inference on whole feature maps: ours against FrEIA's.
 
 "eager FrEIA" is FrEIA's AllInOneBlock operation by operation, re-stated by the reference in float32, so that there is a
 comparison where FrEIA is not installed; where it is, FrEIA itself takes part too. TF32 is off, as it is by default.

@@ -1,4 +1,4 @@
-"""Timing on a GPU: contenders take turns, the cache is emptied before each call, events read the device's own clock."""
+"""Time calls on a GPU: contenders take turns, the cache is emptied before each call, events read the device's clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLUSH_BYTES = 256 << 20
 
 
 class Timer:
-    """Times functions on a device; on a CPU with the host's clock, for dry runs."""
+    """Time functions on a device; on a CPU with the host's clock, for rehearsals."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,7 +22,7 @@ class Timer:
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 1, dtype=torch.int8, device=device)
 
     def once(self, call: Callable[[], object]) -> float:
-        """Seconds of one call with a cold cache."""
+        """Return the seconds of one call with a cold cache."""
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -36,7 +36,7 @@ class Timer:
         return 1e-3 * start.elapsed_time(stop)
 
     def interleaved(self, calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, Any]:
-        """name -> {"median_us", "low_us", "high_us" (quartiles), "rounds"}, one call of each in turn."""
+        """Return name -> {"median_us", "low_us", "high_us" (quartiles), "rounds"}, one call of each in turn."""
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for round_ in range(-warmup, rounds):
             for name, call in calls.items():
@@ -46,7 +46,7 @@ class Timer:
         return {name: summary(values) for name, values in seconds.items()}
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Device memory a call takes at its peak, beyond what is allocated before it."""
+        """Return the device memory that a call takes at its peak, beyond what is allocated before it."""
         if not self.cuda:
             return None
         call()
@@ -59,15 +59,15 @@ class Timer:
 
 
 def summary(seconds: list[float]) -> dict[str, float | int]:
-    """Median and quartiles in microseconds."""
+    """Return the median and the quartiles in microseconds."""
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {"median_us": 1e6 * median, "low_us": 1e6 * low, "high_us": 1e6 * high, "rounds": len(seconds)}
 
 
 def as_graph(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work as one CUDA graph: no Python and no launches between its kernels.
+    """Return the same work as one CUDA graph: no Python and no launches between its kernels.
 
-    The result is replayed by calling it and returns what `call` returned while it was recorded, filled anew.
+    Calling the result replays the graph; it returns what `call` returned while it was recorded, with new values.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -91,34 +91,57 @@ def test_a_wrong_kernel_and_a_crashing_one_are_reported_and_the_others_timed(che
     assert all(len(line) <= 80 for line in output.splitlines() if not line.startswith(str(tmp_path)))
 
 
-@pytest.mark.parametrize("stage", ["smoke", "headline", "whole", "tests", "tune", "compiled"])
+STAGES = {
+    "smoke": "log-likelihood", "headline": "training step", "whole": "short schedule", "tests": "-",
+    "tune": "score_map", "compiled": "flow",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_any_stage(stage: str, tmp_path: Path) -> None:
-    """What was found before is whole and on the disk."""
-    process = start(ROOT, tmp_path, "--driver", "interpreter", "--stage", stage)
-    end = time.monotonic() + 120
-    while not any(record.get("stage") == "run" for record in _whole(tmp_path)):
+    """What was found before is whole and on the disk, and no child lives on."""
+    only = ("--only", "environment", STAGES[stage])
+    process = start(ROOT, tmp_path, "--driver", "interpreter", "--stage", f"smoke,{stage}", *only)
+    end = time.monotonic() + 180
+    while not _is_in(stage, _whole(tmp_path)):
         assert time.monotonic() < end
+        assert process.poll() is None
         time.sleep(0.05)
-    if stage in ("smoke", "headline"):  # these have results after seconds
-        while not results(tmp_path):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+    time.sleep(0.5)  # well into it
+    children = _children(process.pid)
+    assert children
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = read_records(tmp_path / RECORDS)
-    assert before[0]["stages"] == [stage]
-    assert before[0]["measured"] is False
-    # The same folder takes another run's results in addition.
-    again = start(ROOT, tmp_path, "--driver", "interpreter", "--stage", "smoke", "--only", "environment")
-    assert again.communicate()
-    assert again.returncode == 0
-    after = read_records(tmp_path / RECORDS)
-    assert after[: len(before)] == before
-    assert results(tmp_path)["environment"]["outcome"] == "right"
+    found = results(tmp_path)
+    assert found["environment"]["outcome"] == "right"
+    assert found["environment"]["versions"]["torch"] != "absent"
+    assert read_records(tmp_path / RECORDS)[0]["measured"] is False
+    for child in children:
+        while Path(f"/proc/{child}").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def test_another_run_adds_to_a_killed_one(tmp_path: Path) -> None:
+    (tmp_path / RECORDS).write_text('{"stage": "smoke", "item": "flow", "outcome": "right"}\n{"stage": "smo')
+    process = start(ROOT, tmp_path, "--driver", "interpreter", "--stage", "smoke", "--only", "environment")
+    assert "1 right" in process.communicate()[0]
+    assert process.returncode == 0
+    assert set(results(tmp_path)) == {"flow", "environment"}
+
+
+def _is_in(stage: str, records: list[dict[str, Any]]) -> bool:
+    """The first results are there, and this stage has begun."""
+    begun = any(record.get("stage") == stage and record["outcome"] == "begins" for record in records)
+    return begun and any(record.get("item") == "environment" for record in records)
 
 
 def _whole(out: Path) -> list[dict[str, Any]]:
     return read_records(out / RECORDS) if (out / RECORDS).exists() else []
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_no_time_left(tmp_path: Path) -> None:
