@@ -52,9 +52,9 @@ def stages() -> list[Stage]:
     cores = len(os.sched_getaffinity(0))
     several = max(1, min(8, cores))
     return [
-        Stage("smoke", 90, partial(_shared, "smoke", 60, several), several,
+        Stage("smoke", 85, partial(_shared, "smoke", 60, several), several,
               "the machine; every kernel and mode once, against float64"),
-        Stage("headline", 150, partial(_single, "headline", 60), 1,
+        Stage("headline", 145, partial(_single, "headline", 60), 1,
               "the README's figures: flow of a 1024-px image, training steps, loss"),
         Stage("whole", 120, partial(_single, "whole", 100), 1,
               "a category trained on the card and on the CPU; fastbgad bench"),
