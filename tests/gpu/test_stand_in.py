@@ -138,9 +138,9 @@ def test_limits_of_the_chip(tmp_path: Path) -> None:
         "        probe_kernel[grid](out, 16, size)\n"
         "    except Exception as error:\n"
         "        print(f'{type(error).__name__}: {error}')\n"
+        "stand_in_driver.H100['max_shared_mem'] = 8_000\n"
         "attempt((1, 70_000), 16)\n"
-        "stand_in_driver.H100['max_shared_mem'] = 100\n"
-        "attempt((1,), 64)\n"
+        "attempt((1,), 128)\n"
     )
     output = run(tmp_path, script)
     assert "GridError: probe_kernel has 70000 programs along y; CUDA takes 1 to 65535" in output
