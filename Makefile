@@ -2,6 +2,8 @@
 #
 #   make demo            train and report on photographs, about four minutes on two cores
 #   make test            all tests
+#   make test-lowest     some of them with the oldest versions that pyproject.toml allows; five minutes on two cores
+#   make test-newest     the same with the newest release of everything
 #   make check           ruff and mypy
 #   make bench           the benchmarks, side by side with FrEIA, anomalib and scikit-learn; a quarter of an hour
 #   make bench-check     has anything become slower? a minute or two
@@ -19,9 +21,16 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Of their own, because their versions are not those of constraints.txt. The lowest bounds are for the lowest Python.
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
+LOWEST_PYTHON ?= python3.11
+PIP_QUIET := --quiet --disable-pip-version-check
+FROM_INDEX = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_QUIET) --constraint constraints.txt
 
-.PHONY: demo test check bench bench-check bench-update bench-ratios bench-page gpu gpu-carry gpu-rehearsal resources clean
+.PHONY: demo test test-lowest test-newest check bench bench-check bench-update bench-ratios bench-page gpu gpu-carry \
+	gpu-rehearsal resources clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
@@ -29,6 +38,20 @@ demo: $(VENV)/installed
 # Tests use one thread each, so every core runs some of them: a file at a time, since its tests share what is expensive.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Every operation, its kernels in Triton's interpreter, training, files, export and the command line, once each.
+QUICK := installation lower_bounds triton_version flow flow_native flow_packed flow_torch flow_triton_operator \
+	flow_wide_kernels log_likelihood boundary boundary_triton spp_loss spp_loss_triton score_map score_map_triton \
+	positional losses metrics features timm_features images demo_data files model training prediction prediction_ray \
+	export report plots cli accelerate_cflow
+PYTEST_QUICK := -m pytest -n auto --dist loadfile --no-loadscope-reorder -rs \
+	--deselect tests/test_export.py::test_aoti $(QUICK:%=tests/test_%.py)
+
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python $(PYTEST_QUICK) $(ARGS)
+
+test-newest: $(NEWEST)/installed
+	$(NEWEST)/bin/python $(PYTEST_QUICK) $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -85,9 +108,25 @@ resources: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV); the first time this downloads PyTorch and takes some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
+	$(PIP_INSTALL) $(FROM_INDEX) torch torchvision
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
+$(LOWEST)/installed: pyproject.toml tests/lower_bounds.py
+	@echo "installing into $(LOWEST); this downloads PyTorch and takes some minutes"
+	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python tests/lower_bounds.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install $(PIP_QUIET) --constraint $(LOWEST)/constraints.txt $(FROM_INDEX) torch torchvision
+	$(LOWEST)/bin/python -m pip install $(PIP_QUIET) --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The newest of today: `make clean` makes it ask again.
+$(NEWEST)/installed: pyproject.toml
+	@echo "installing into $(NEWEST); this downloads PyTorch and takes some minutes"
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install $(PIP_QUIET) $(FROM_INDEX) torch torchvision
+	$(NEWEST)/bin/python -m pip install $(PIP_QUIET) --editable '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(GPU_VENV) .gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(GPU_VENV) .gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -26,11 +26,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from .tiles import TilesError, use_tiles, write_json
+from .triton_version import triton_version, why_not_this_triton
 from .variant import MODULES, Variant, reason
 
 ARCHITECTURES = (80, 90, 100)
@@ -73,6 +70,11 @@ class ResourcesError(RuntimeError):
 
 def compile_variant(variant: Variant, arch: int) -> Resources:
     """Compiles a variant for compute capability `arch` (80, 90, 100) and reads its resources off the machine code."""
+    # Triton is imported where it is used: without it, or with an old one, `_run` says what to do.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     arguments = variant.kernel.arg_names
     signature = {name: variant.types.get(name, "constexpr") for name in arguments}
     constants = {(arguments.index(name),): value for name, value in variant.constants.items()}
@@ -102,6 +104,8 @@ def compile_variant(variant: Variant, arch: int) -> Resources:
 
 def find_tool(name: str) -> str:
     """The path of cuobjdump or nvdisasm, which ship with Triton."""
+    import triton
+
     try:
         return str(getattr(triton.knobs.nvidia, name).path)
     except RuntimeError as error:
@@ -323,7 +327,7 @@ def updated_budget(budget: Mapping[str, Any], rows: Sequence[Row], complete: boo
     for row in rows:
         if row.resources is not None:
             variants.setdefault(row.variant, {})[str(row.arch)] = _budget_entry(row.resources)
-    return {"triton": triton.__version__, "variants": variants}
+    return {"triton": triton_version(), "variants": variants}
 
 
 _HEADINGS = ("kernel", "arch", "registers", "stack", "shared", "local in loops", "matrix unit", "seconds")
@@ -373,6 +377,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if obstacle := why_not_this_triton(triton_version()):
+        raise ResourcesError(obstacle)
+    import triton
+
     if triton.knobs.runtime.interpret:
         raise ResourcesError("TRITON_INTERPRET is set, so kernels are interpreted, not compiled; unset it")
     for tool in ("cuobjdump", "nvdisasm"):

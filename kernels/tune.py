@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .tiles import CONFIGS, DEFAULT, TilesError, default_tiles, forget, read_json, read_tuned, slug, write_json
+from .triton_version import triton_version, why_not_this_triton
 from .variant import MODULES, TuningCase, reason
 
 Tiles = Mapping[str, int]
@@ -330,7 +330,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index}"
         ),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": output_of("git", "-C", str(CONFIGS), "rev-parse", "HEAD"),
     }
@@ -378,6 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.rounds < 1:
         raise TilesError("--rounds must be at least 1")
+    if obstacle := why_not_this_triton(triton_version()):
+        raise TilesError(obstacle)
+    import triton  # not at the top: where it is missing, the line above says what to do
+
     if not torch.cuda.is_available():
         raise TilesError("tuning measures the kernels on the GPU they will run on, and there is no CUDA GPU here")
     if triton.knobs.runtime.interpret:

@@ -126,12 +126,6 @@ def test_every_packaged_file_is_valid() -> None:
             assert path.stem == tiles_module.slug(json.loads(path.read_text())["measured_on"]["gpu"])
 
 
-def test_the_configs_are_installed_with_the_package() -> None:
-    from importlib.resources import files
-
-    assert json.loads((files("fastbgad.kernels") / "configs" / "default.json").read_text())
-
-
 # --- the tuning command ----------------------------------------------------------------------------------------------
 
 SLOW, FAST, WRONG, FAILING = (

@@ -8,7 +8,6 @@ where there is a compiler, and the portable path everywhere else.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Literal, get_args
 
@@ -16,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, ConfigError, FeatureError
+from ..kernels.triton_version import triton_version, why_not_this_triton
 
 Impl = Literal["auto", "torch", "native", "triton", "reference"]
 # The type of the operands of matrix products; sums and everything else are float32. The kernels take float16 or
 # float32; the portable path float32 for both, and bfloat16 in the subnets' products of a training step.
 Precision = Literal["float16", "float32", "bfloat16"]
 
-# Whether the package is there; looking does not import it.
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# Why no kernel can run here, None if Triton is there in a version they can use. Found out once, when this module is
+# imported: to torch.compile it is a constant.
+TRITON_OBSTACLE = why_not_this_triton(triton_version())
 
 # The kernels' matrix products need the 16-bit tensor cores of Ampere and later.
 SMALLEST_CAPABILITY = (8, 0)
@@ -62,8 +63,8 @@ def check_precision(precision: str) -> None:
 
 def why_not_triton(like: Tensor) -> str | None:
     """What keeps the kernels from running on tensors like this one; None if nothing does."""
-    if not TRITON_INSTALLED:
-        return "the package triton is not installed"
+    if TRITON_OBSTACLE is not None:
+        return TRITON_OBSTACLE
     if like.dtype == torch.float64:
         return "the kernels compute in float32, these tensors are float64"
     if like.device.type == "cuda":
@@ -81,7 +82,8 @@ def interpreting() -> bool:
 
     Read from the environment, as Triton does: its own switch cannot be seen through by torch.compile.
     """
-    return TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return asked and TRITON_OBSTACLE is None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
