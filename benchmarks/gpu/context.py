@@ -70,17 +70,8 @@ class Context:
         return True
 
     def spoiled(self) -> bool:
-        """Return whether nothing can be launched any more, as after an illegal access."""
-        if self.driver != "cuda":
-            return False
-        import torch
-
-        try:
-            torch.cuda.synchronize()
-            torch.zeros(1, device="cuda").item()
-        except Exception:
-            return True
-        return False
+        """Return whether nothing can be launched on the device any more."""
+        return self.driver == "cuda" and device_is_spoiled()
 
     def as_json(self) -> str:
         """Return everything but the pipe as JSON, for `from_json` in another process."""
@@ -92,3 +83,17 @@ class Context:
         fields = json.loads(text)
         skip = [(item, step) for item, step in fields.pop("skip")]
         return cls(**{**fields, "out": Path(fields["out"])}, skip=skip)
+
+
+def device_is_spoiled() -> bool:
+    """Return whether nothing can be launched on this process's GPU any more, as after an illegal access."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").item()
+    except Exception:
+        return True
+    return False
