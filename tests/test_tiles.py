@@ -126,6 +126,13 @@ def test_every_packaged_file_is_valid() -> None:
             assert path.stem == tiles_module.slug(json.loads(path.read_text())["measured_on"]["gpu"])
 
 
+def test_the_configs_are_resources_of_the_package() -> None:
+    """Also in a checkout, where the package lies elsewhere than its name says."""
+    from importlib.resources import files
+
+    assert json.loads((files("fastbgad.kernels") / "configs" / "default.json").read_text())
+
+
 # --- the tuning command ----------------------------------------------------------------------------------------------
 
 SLOW, FAST, WRONG, FAILING = (

@@ -18,7 +18,7 @@ from . import carried, stand_in_driver
 LOG = "FASTBGAD_STAND_IN_LOG"
 
 
-def _install() -> None:
+def pytest_configure() -> None:
     """Install the driver, before any test imports a kernel, and watch all launches."""
     path = os.environ.get(LOG)
     log = open(path, "a", buffering=1) if path else None  # noqa: SIM115 (until the process ends)
@@ -52,6 +52,3 @@ def _install() -> None:
     JITFunction.run = watched
     # Tests that run in the interpreter choose tiles that suit it; these kernels have the tiles that ship.
     tiles.use_tiles = lambda path: None
-
-
-_install()
