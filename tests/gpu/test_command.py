@@ -91,9 +91,10 @@ def test_a_wrong_kernel_and_a_crashing_one_are_reported_and_the_others_timed(che
     assert all(len(line) <= 80 for line in output.splitlines() if not line.startswith(str(tmp_path)))
 
 
+# A text that chooses a few items of the stage, and none of smoke but its own.
 STAGES = {
     "smoke": "log-likelihood", "headline": "training step", "whole": "short schedule", "tests": "-",
-    "tune": "score_map", "compiled": "flow",
+    "tune": "score_map", "compiled": "compiled FrEIA",
 }  # fmt: skip
 
 
