@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .context import Context, Found
+from .context import Context, Found, first_line
 from .timing import Timer, as_graph
 
 EAGER, FREIA, COMPILED = "eager FrEIA", "FrEIA 0.2 eager", "compiled FrEIA"
@@ -89,7 +89,10 @@ def measure(case: Case, context: Context, limits: Mapping[str, float]) -> Found:
     result["outcome"] = "wrong" if wrong else "measured"
     if context.launch_only:
         return result
-    context.may("timing")
+    if not context.may("timing"):  # run again, it would crash again
+        for name in ready:
+            entries[name]["failed"] = "timing crashed the process; see the record of that"
+        return result | {"outcome": "wrong"}
     rounds, warmup = (2, 0) if context.tiny else (case.rounds, 3)
     times = timer.interleaved({name: contender.call for name, contender in ready.items()}, rounds, warmup)
     for name, contender in ready.items():
@@ -128,8 +131,7 @@ def _checked(
     except Exception as problem:  # a contender that cannot run must not keep the others from being measured
         if context.spoiled():
             raise
-        message = str(problem).strip().splitlines() or [""]
-        return {"failed": f"{type(problem).__name__}: {message[0]}", "traceback": traceback.format_exc()}
+        return {"failed": first_line(problem), "traceback": traceback.format_exc()}
     if error < tolerance:
         ready[name] = contender
         return {"relative_error": error}

@@ -88,7 +88,6 @@ def _run(
     end = start + options.seconds
     records.add({"stage": "run", "outcome": "begins", **_facts(options, chosen)})
     found: list[Record] = []
-    supervisor: Supervisor | None = None
     try:
         for stage in chosen:
             now = time.monotonic()
@@ -120,16 +119,12 @@ def _run(
                 launch_only=options.launch_only,
                 only=options.only,
             )
-            supervisor = Supervisor(ROOT, keep, log, stage.processes)
-            supervisor.run(stage.jobs(context), now + seconds)
+            Supervisor(ROOT, keep, log, stage.processes).run(stage.jobs(context), now + seconds)
             took = time.monotonic() - now
             records.add({"stage": stage.name, "outcome": "ends", "seconds": round(took, 1)})
             say(f"{stage.name}: {took:.0f} s\n")
     except KeyboardInterrupt:
         say("interrupted; what was found so far is in the records")
-    finally:
-        if supervisor is not None:
-            supervisor.stop()
     records.add({"stage": "run", "outcome": "ends", "seconds": round(time.monotonic() - start, 1)})
     say(summary(found))
     say(f"\n{records.path}: {len(found)} results in {time.monotonic() - start:.0f} s")

@@ -97,3 +97,9 @@ def device_is_spoiled() -> bool:
     except Exception:
         return True
     return False
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

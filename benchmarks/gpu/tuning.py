@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,16 +28,16 @@ def items(context: Context) -> Items:
         cases = cases[-1:]
         return {_name(case): partial(_rehearse, context, case) for case in cases}
     compiling = Precompiling(MODULES, min(12, len(os.sched_getaffinity(0))))
-    return {_name(case): partial(_tune, context, case, compiling) for case in cases}
+    machine = describe_machine(torch.device("cuda", torch.cuda.current_device()))
+    return {_name(case): partial(_tune, context, case, compiling, machine) for case in cases}
 
 
 def _name(case: TuningCase) -> str:
     return f"{case.kernel} / {case.key}"
 
 
-def _tune(context: Context, case: TuningCase, compiling: Precompiling) -> Found:
+def _tune(context: Context, case: TuningCase, compiling: Precompiling, machine: Mapping[str, Any]) -> Found:
     device = torch.device("cuda", torch.cuda.current_device())
-    machine = describe_machine(device)
     lines: list[str] = []
     results = tune([case], device, graph_stopwatch, rounds=ROUNDS, say=lines.append, before=compiling.run)
     if results:

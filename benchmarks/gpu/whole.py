@@ -46,9 +46,8 @@ def items(context: Context) -> Items:
 def _short(context: Context) -> Found:
     """The same training on the card and on the CPU: equal AUROC, and how much faster."""
     on_card = _train(context, captured=True)
-    if context.device.type == "cpu":
+    if context.device.type == "cpu" or not context.may("the same on the CPU"):
         return {"outcome": "measured", "card": on_card}
-    context.may("the same on the CPU")
     on_cpu = _train(context, captured=False, device="cpu", impl="torch")
     differences = {name: abs(on_card["metrics"][name] - on_cpu["metrics"][name]) for name in SAME}
     right = all(differences[name] < most for name, most in SAME.items())

@@ -22,7 +22,7 @@ from .events import SPOILED, Events
 # Before the imports below: it watches the parent from now on.
 EVENTS = Events()
 
-from .context import Context, Found, Items  # noqa: E402
+from .context import Context, Found, Items, first_line  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,12 +86,6 @@ def run(item: Any) -> Found:
         return dict(item())
     except Exception as error:
         return {"outcome": "failed", "message": first_line(error), "traceback": traceback.format_exc()}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 if __name__ == "__main__":

@@ -56,6 +56,16 @@ def test_one_that_crashed_before_is_left_out(context: Context) -> None:
     assert "median_us" in entries["base"]
 
 
+def test_timing_that_crashed_before_is_not_tried_again(context: Context) -> None:
+    """Or the crash would be blamed on one contender after the other."""
+    context.item, context.skip = "case", [("case", "timing")]
+    found = measure(case(), context, {})
+    assert found["outcome"] == "wrong"
+    assert "timing crashed the process" in found["contenders"]["fastbgad right"]["failed"]
+    assert not any("median_us" in entry for entry in found["contenders"].values())
+    assert found["contenders"]["fastbgad right"]["relative_error"] == 0
+
+
 def test_a_spoiled_device_ends_the_process(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every later contender would fail too: another process takes them."""
     monkeypatch.setattr(Context, "spoiled", lambda self: True)
