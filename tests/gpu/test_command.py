@@ -94,7 +94,7 @@ def test_a_wrong_kernel_and_a_crashing_one_are_reported_and_the_others_timed(che
 # A text that chooses a few items of the stage, and none of smoke but its own.
 STAGES = {
     "smoke": "flow backward", "headline": "training step", "whole": "short schedule", "tests": "-",
-    "tune": "score_map", "compiled": "compiled FrEIA",
+    "tune": "coupling_backward", "compiled": "compiled FrEIA",
 }  # fmt: skip
 
 
