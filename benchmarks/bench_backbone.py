@@ -55,7 +55,7 @@ def whole() -> Features:
 
 @lru_cache(maxsize=2)
 def truncated(dtype: str) -> Backbone:
-    return create_backbone(MODEL, LEVELS, "random", seed=0, dtype=dtype).to(DEVICE)
+    return create_backbone(MODEL, LEVELS, "random", seed=0, dtype=dtype, standardize="none").to(DEVICE)
 
 
 def gabor(pixels: int) -> Contender:

@@ -44,7 +44,7 @@ class Pipelines:
         self.size = size
         generator = torch.Generator().manual_seed(size)
         self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator).to(DEVICE)
-        truncated = create_backbone(backbone, (1, 2, 3), "random", seed=0)
+        truncated = create_backbone(backbone, (1, 2, 3), "random", seed=0, standardize="none")
         with torch.random.fork_rng():
             torch.manual_seed(0)
             whole = timm.create_model(backbone, features_only=True, out_indices=(1, 2, 3))
@@ -111,7 +111,9 @@ class Pipelines:
         return self.model.predict(self.images, impl=impl).anomaly_map
 
     def fast_half(self) -> Callable[[], Tensor]:
-        half = create_backbone(self.model.backbone.name, (1, 2, 3), "random", seed=0, dtype="bfloat16").to(DEVICE)
+        half = create_backbone(
+            self.model.backbone.name, (1, 2, 3), "random", seed=0, dtype="bfloat16", standardize="none"
+        ).to(DEVICE)
         model = BGAD(half, (self.size, self.size)).eval().requires_grad_(False).to(DEVICE)
         for level in range(len(self.flows)):
             model.flow(level).load_state_dict(self.flows[level].state_dict())

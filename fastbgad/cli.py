@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from .backbones import Standardize
 from .cli_options import Check, Dtype, Layout, Preset, preset_of
 from .cli_reproduce import Reproduce, reproduce_defaults
 from .config import PRESETS, LossConfig, Method, TrainConfig
@@ -90,6 +91,9 @@ class Train:
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = "pretrained"
     """pretrained (from the hub), random, or a local .safetensors, .pth or .pt file."""
+    standardize: Standardize = "channel"
+    """channel: standardize features on the training normals (gabor always does so); none: leave them as they are, as
+    the official code."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)

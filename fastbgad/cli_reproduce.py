@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .backbones import Standardize
 from .cli_options import Check, Dtype, Preset
 from .config import PRESETS, AnomalyConfig, FlowConfig, LossConfig, ScheduleConfig, TrainConfig
 from .errors import ConfigError, MissingDependencyError
@@ -79,6 +80,9 @@ class Reproduce:
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = Setup.weights
     """pretrained (from the hub), random, or a local .safetensors, .pth or .pt file."""
+    standardize: Standardize = Setup.standardize
+    """channel: features standardized on each category's training normals, which short schedules need (gabor always
+    does so); none: as they are, as in the paper's code."""
     levels: tuple[int, ...] = Setup.levels
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = Setup.image_size
@@ -112,7 +116,10 @@ class Reproduce:
                 "--num-anomalies in place of --anomalies.num-anomalies or --anomalies.per-type"
             )
         training = TrainConfig(flow=self.flow, loss=self.loss, schedule=self.schedule, anomalies=self.anomalies)
-        parts = ("backbone", "weights", "levels", "image_size", "dtype", "precision", "calibration", "pro_limit")
+        parts = (
+            "backbone", "weights", "standardize", "levels", "image_size", "dtype", "precision", "calibration",
+            "pro_limit",
+        )  # fmt: skip
         return Setup(**{name: getattr(self, name) for name in parts}, training=training)
 
 

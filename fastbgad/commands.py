@@ -106,6 +106,7 @@ def _new_model(command: Train, device: torch.device) -> BGAD:
             "seed": config.seed,
             "dtype": command.dtype,
             "compile": command.compile,
+            "standardize": command.standardize,
         }
     return BGAD(
         create_backbone(command.backbone, command.levels, **options).to(device),

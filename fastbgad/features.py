@@ -121,6 +121,13 @@ class FeatureStore:
             small = cell_mask(masks, (height, width), self.cell_labels)
             self.masks[level].index_copy_(0, index, small.reshape(-1, height * width).to(self.home))
 
+    def change(self, slots: Sequence[int], function: Callable[[int, Tensor], Tensor]) -> None:
+        """Replace the features of some slots by `function(level, maps)`, for maps [1, C, h, w] of each in turn."""
+        for level in range(len(self.shapes)):
+            for slot in slots:
+                maps = function(level, self.maps(level, [slot]))
+                self.levels[level][slot].copy_(maps[0].permute(1, 2, 0).flatten(0, 1))
+
     def copy_from(self, other: FeatureStore, slots: int) -> None:
         """Takes over the first slots of a store of the same backbone and image size."""
         for mine, theirs in zip((*self.levels, *self.masks), (*other.levels, *other.masks), strict=True):
@@ -178,7 +185,7 @@ def backbone_shapes(
     """(channels, height, width) of every level, found by running one mid-grey image."""
     grey = torch.full((1, 3, *image_size), 128, dtype=torch.uint8, device=device)
     with torch.no_grad():
-        return [(f.shape[1], f.shape[2], f.shape[3]) for f in backbone(grey)]
+        return [(f.shape[1], f.shape[2], f.shape[3]) for f in backbone.extract(grey)]
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from .errors import CheckpointError, ConfigError
 from .flow_spec import ClampForm
 from .foreign_checkpoint import KIND_NAMES, ForeignCheckpoint, Kind, Permutation, foreign_state, our_state
 from .model import BGAD
+from .standardizing_layer import with_standardizing_layer
 
 if TYPE_CHECKING:
     from .backbones.timm_features import TimmBackbone
@@ -87,6 +88,7 @@ def to_model(foreign: ForeignCheckpoint, options: ReadOptions | None = None) -> 
         padding_mode="reflect" if foreign.kind == "cflow-ad" else "zeros",
         mean=options.mean or foreign.mean or IMAGENET_MEAN,
         std=options.std or foreign.std or IMAGENET_STD,
+        standardize="none",  # other code leaves features as they are
     )
     channels = tuple(flow.channels for flow in foreign.flows)
     if backbone.channels != channels:
@@ -217,7 +219,7 @@ def from_model(model: BGAD, kind: Kind, origin: str | Path = "this model") -> di
 
     backbone = cast("TimmBackbone", model.backbone)
     encoder, permutation = whole_state(backbone), _stored_permutation(model, kind)
-    decoders = [foreign_state(model.flow(level).state_dict(), permutation) for level in range(len(model.flows))]
+    decoders = [foreign_state(_raw_flow(model, level), permutation) for level in range(len(model.flows))]
     if kind != "anomalib":
         return {"encoder_state_dict": encoder, "decoder_state_dict": decoders}
     state = {f"model.encoder.feature_extractor.{key}": tensor for key, tensor in encoder.items()}
@@ -226,15 +228,34 @@ def from_model(model: BGAD, kind: Kind, origin: str | Path = "this model") -> di
     return {**_lightning(model, backbone), "state_dict": {**state, **_no_thresholds()}}
 
 
+def _raw_flow(model: BGAD, level: int) -> dict[str, torch.Tensor]:
+    """The state dict of a level's flow for features as the network gives them."""
+    flow, standardization = model.flow(level), model.backbone.standardization
+    if standardization is None:
+        return flow.state_dict()
+    mean, std = standardization.get_buffer(f"mean_{level}"), standardization.get_buffer(f"std_{level}")
+    return with_standardizing_layer(flow.state_dict(), flow.spec, mean, std)
+
+
+def _coupling_layers(model: BGAD) -> int:
+    """How many coupling layers the foreign code's flows have."""
+    return model.flow_config.coupling_layers + (model.backbone.standardization is not None)
+
+
 def how_to_load(model: BGAD, kind: Kind) -> tuple[str, ...]:
     """What the foreign code must be told to load a checkpoint of this model, in whole sentences."""
     from .backbones.timm_features import blank_extractor
 
     backbone, config = cast("TimmBackbone", model.backbone), model.flow_config
     name, levels, (height, width) = backbone.name.partition(".")[0], len(backbone.levels), model.image_size
-    layers, flow = config.coupling_layers, config.condition_channels
+    layers, flow = _coupling_layers(model), config.condition_channels
     side = str(height) if height == width else f"SIDE (its images are square, the model's are {height} x {width})"
     notes = []
+    if backbone.standardization is not None:
+        notes.append(
+            f"The first of the {layers} coupling layers standardizes the features: log-likelihoods differ from the "
+            "model's by a constant per level, anomaly maps do not."
+        )
     if kind == "bgad":
         arch = "conditional_flow_model" if flow else "flow_model"
         notes.append(
@@ -331,7 +352,7 @@ def _lightning(model: BGAD, backbone: TimmBackbone) -> dict[str, Any]:
             "pre_trained": False,
             "decoder": "freia-cflow",
             "condition_vector": config.condition_channels,
-            "coupling_blocks": config.coupling_layers,
+            "coupling_blocks": _coupling_layers(model),
             "clamp_alpha": config.clamp,
             "permute_soft": not config.hard_permutation,
         },

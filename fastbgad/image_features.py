@@ -67,9 +67,9 @@ class ImageFeatures:
         self._store_options: dict[str, Any] = {
             "device": device, "placement": placement, "folder": folder, "dtype": dtype, "cell_labels": cell_labels
         }  # fmt: skip
-        if backbone.needs_fit:
-            backbone.fit(batch.images.to(self.device) for batch in self._batches(normals, "statistics"))
         self.store = self._new_store(spare)
+        if backbone.needs_fit:
+            self._learn_statistics(normals)
 
     @property
     def spare(self) -> range:
@@ -82,6 +82,27 @@ class ImageFeatures:
             old, self.store = self.store, self._new_store(spare)
             self.store.copy_from(old, len(self._slots))
             old.close()
+
+    @torch.inference_mode()
+    def _learn_statistics(self, normals: Sequence[Sample]) -> None:
+        """Fit the backbone on normal images.
+
+        Where the store holds them all, their features are kept as they are seen and standardized there, so that each
+        image goes through the network once. Those of half precision would be rounded twice: they are extracted again.
+        """
+        keep = self.store.dtype.itemsize >= 4 and all(sample in self._slots for sample in normals)
+
+        def features() -> Iterator[Sequence[torch.Tensor]]:
+            for batch in self._batches(normals, "statistics"):
+                levels = self.backbone.extract(batch.images.to(self.device))
+                if keep:
+                    self.store.put(self.slots(batch.samples), levels, batch.masks)
+                yield levels
+
+        self.backbone.fit_features(features())
+        if keep:
+            self.store.change(self.slots(normals), self.backbone.standardize_level)
+            self._there.update(normals)
 
     def _new_store(self, spare: int) -> FeatureStore:
         return FeatureStore(self.backbone, self.image_size, len(self._slots) + spare, **self._store_options)

@@ -231,7 +231,7 @@ def test_the_same_maps(
 ) -> None:
     source = sources[kind]
     done = convert(source.path, tmp_path / "model.safetensors", options=options(kind))
-    assert done.model.backbone.config() == {"name": backbone, "dtype": "float32", **config}
+    assert done.model.backbone.config() == {"name": backbone, "dtype": "float32", "standardize": "none", **config}
     loaded = BGAD.load(tmp_path / "model.safetensors")
     maps = our_maps(loaded, images)
     assert source.maps.std() > 0.02  # a map with something on it
@@ -465,6 +465,49 @@ def test_what_cannot_be_expressed(
     for reason in reasons:
         assert reason in str(caught.value)
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_standardized_features_in_other_code(images: Tensor, tmp_path: Path) -> None:
+    """A coupling layer more takes the features as they are, in the official code, in anomalib, and back."""
+    from anomalib.models import Cflow
+
+    from fastbgad.config import FlowConfig
+
+    backbone = create_backbone("resnet18", (1, 2, 3), "random")
+    backbone.fit([images])
+    model = BGAD(backbone, (SIZE, SIZE), flow=FlowConfig(2, POSITION))
+    for level, decoder in enumerate(flows(backbone.channels)):
+        model.flow(level).load_state_dict(decoder.state_dict())
+    maps = our_maps(model.eval(), images)
+    assert maps.std() > 0.02
+    model.save(tmp_path / "model.safetensors", allow_uncalibrated=True)
+
+    done = convert(tmp_path / "model.safetensors", tmp_path / "official.pt", "bgad")
+    assert "--coupling_layers 3" in " ".join(done.notes)
+    assert any("first of the 3 coupling layers standardizes" in note for note in done.notes)
+    content = torch.load(tmp_path / "official.pt", weights_only=True)
+    encoder = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3)).eval()
+    encoder.load_state_dict(content["encoder_state_dict"], strict=True)
+    decoders = flows(backbone.channels, coupling_layers=3)
+    for decoder, state in zip(decoders, content["decoder_state_dict"], strict=True):
+        decoder.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        theirs = official_maps(encoder(normalised(images)), decoders)
+    assert float((theirs - maps).abs().max()) < 3 * TOLERANCE  # the layer's constants are rounded to float32
+
+    convert(tmp_path / "model.safetensors", tmp_path / "anomalib.ckpt")
+    module = Cflow.load_from_checkpoint(tmp_path / "anomalib.ckpt", strict=True)
+    theirs = module.model(module.pre_processor(images.float() / 255)).anomaly_map
+    assert float((theirs - maps).abs().max()) < 3 * TOLERANCE
+
+    back = convert(
+        tmp_path / "official.pt",
+        tmp_path / "back.safetensors",
+        options=ReadOptions("resnet18", image_size=(SIZE, SIZE)),
+    )
+    assert back.model.backbone.standardization is None
+    assert back.model.flow_config.coupling_layers == 3
+    assert float((our_maps(back.model, images) - maps).abs().max()) < 3 * TOLERANCE
 
 
 def test_models_of_fastbgad_alone() -> None:

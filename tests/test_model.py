@@ -85,7 +85,7 @@ def test_save_and_load(trained, images, tmp_path: Path) -> None:
 
 def test_a_timm_model_loads_without_a_hub(tmp_path: Path) -> None:
     """The backbone's weights travel in the checkpoint."""
-    backbone = create_backbone("resnet18", (1, 2), weights="random", seed=3)
+    backbone = create_backbone("resnet18", (1, 2), weights="random", seed=3, standardize="none")
     model = BGAD(backbone, (64, 64), flow=FlowConfig(coupling_layers=1))
     picture = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8)
     levels = model(picture)

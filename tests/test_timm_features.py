@@ -20,7 +20,7 @@ SMALL = "mobilenetv3_small_100"
 
 
 def small(weights: object = "random", **options: object) -> Backbone:
-    return create_backbone(SMALL, weights=weights, **options)  # type: ignore[arg-type]
+    return create_backbone(SMALL, weights=weights, **options, standardize="none")  # type: ignore[arg-type]
 
 
 def random_images(size: tuple[int, int], batch: int = 2) -> Tensor:
@@ -70,7 +70,7 @@ def test_features_are_bit_equal_to_timms_own(
 ) -> None:
     images = random_images(size)
     whole, expected = timm_features(name, 5, images)
-    backbone = create_backbone(name, levels, "random", seed=5)
+    backbone = create_backbone(name, levels, "random", seed=5, standardize="none")
     with torch.inference_mode():
         features = backbone(images)
     assert len(features) == len(levels)
@@ -85,7 +85,7 @@ def test_features_are_bit_equal_to_timms_own(
 
 
 def test_the_default_model_is_the_papers_and_drops_31_of_39_million_parameters() -> None:
-    backbone = create_backbone(weights="random")
+    backbone = create_backbone(weights="random", standardize="none")
     assert backbone.channels == (40, 72, 200)
     assert backbone.strides == (4, 8, 16)
     assert backbone.dropped_parameters == 31_523_540
@@ -129,8 +129,8 @@ def test_compiling_keeps_the_names_and_the_features(monkeypatch: pytest.MonkeyPa
     # The default compiler takes most of a minute for this model; tracing alone shows that it can be compiled.
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager", fullgraph=True))
-    eager = create_backbone(SMALL, (0,), "random")
-    compiled = create_backbone(SMALL, (0,), "random", compile=True)
+    eager = create_backbone(SMALL, (0,), "random", standardize="none")
+    compiled = create_backbone(SMALL, (0,), "random", compile=True, standardize="none")
     assert list(compiled.state_dict()) == list(eager.state_dict())
     assert compiled.config() == eager.config()
     images = random_images((32, 32))
@@ -151,12 +151,12 @@ def test_the_fingerprint_covers_weights_and_configuration() -> None:
     with torch.no_grad():
         next(backbone.parameters())[0, 0, 0, 0] += 1e-3
     assert backbone.fingerprint() != original
-    assert create_backbone(SMALL, (1, 2), "random").fingerprint() != original
+    assert create_backbone(SMALL, (1, 2), "random", standardize="none").fingerprint() != original
     assert small(dtype="bfloat16").fingerprint() != original
 
 
 def test_the_configuration_builds_the_backbone_again() -> None:
-    backbone = create_backbone(SMALL, (1, 3), "random", seed=8, dtype="bfloat16")
+    backbone = create_backbone(SMALL, (1, 3), "random", seed=8, dtype="bfloat16", standardize="none")
     again = create_backbone(**json.loads(json.dumps(backbone.config())), weights="random")
     again.load_state_dict(backbone.state_dict())
     assert again.fingerprint() == backbone.fingerprint()
@@ -178,18 +178,24 @@ def test_the_weights_of_a_whole_model_load_from_a_file(name: str, tmp_path: Path
     state = model.state_dict()
     file = f"{tmp_path}/weights.safetensors"
     save_file(state, file)
-    backbone = create_backbone(name, levels, file)
+    backbone = create_backbone(name, levels, file, standardize="none")
     loaded = {value.contiguous().numpy().tobytes() for value in state.values()}
     for key, value in backbone.state_dict().items():
         assert value.contiguous().numpy().tobytes() in loaded, key
-    assert backbone.fingerprint() != create_backbone(name, levels, "random").fingerprint()
+    assert backbone.fingerprint() != create_backbone(name, levels, "random", standardize="none").fingerprint()
 
     for wrapper in ("state_dict", "model"):
         torch.save({wrapper: {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, f"{tmp_path}/w.pth")
-        assert create_backbone(name, levels, f"{tmp_path}/w.pth").fingerprint() == backbone.fingerprint()
+        assert (
+            create_backbone(name, levels, f"{tmp_path}/w.pth", standardize="none").fingerprint()
+            == backbone.fingerprint()
+        )
     # And the file of a feature extractor, whose modules timm has renamed.
     torch.save(backbone.net.state_dict(), f"{tmp_path}/features.pt")
-    assert create_backbone(name, levels, f"{tmp_path}/features.pt").fingerprint() == backbone.fingerprint()
+    assert (
+        create_backbone(name, levels, f"{tmp_path}/features.pt", standardize="none").fingerprint()
+        == backbone.fingerprint()
+    )
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -197,9 +203,9 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     file = f"{tmp_path}/weights.pth"
     torch.save(state, file)
     with pytest.raises(CheckpointError, match=r"weights\.pth lacks \d+ of \d+ tensors of resnet18: conv1\.weight, "):
-        create_backbone("resnet18", weights=file)
+        create_backbone("resnet18", weights=file, standardize="none")
     with pytest.raises(CheckpointError, match=r"other shapes than mobilenetv3_small_075 .* instead of"):
-        create_backbone("mobilenetv3_small_075", weights=file)
+        create_backbone("mobilenetv3_small_075", weights=file, standardize="none")
     key = "blocks.1.0.conv_pw.weight"
     torch.save({**state, key: state[key] * float("nan")}, file)
     with pytest.raises(CheckpointError, match=r"NaN or Inf in blocks\.1\.0\.conv_pw\.weight"):
@@ -256,7 +262,7 @@ def test_an_unreachable_hub_fails_fast_and_names_the_other_choices(monkeypatch: 
     monkeypatch.setattr(timm, "create_model", _without_pretrained(timm.create_model))
     start = time.perf_counter()
     with pytest.raises(BackboneError) as caught:
-        create_backbone(SMALL)
+        create_backbone(SMALL, standardize="none")
     assert time.perf_counter() - start < 5
     message = str(caught.value)
     assert f"pretrained weights of {SMALL} from the hub (name or service not known)" in message
@@ -278,7 +284,7 @@ def test_an_error_during_the_download_is_the_same_clear_error(monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(timm, "create_model", break_off)
     with pytest.raises(BackboneError, match=r"connection reset.*weights=PATH.*weights=random"):
-        create_backbone(SMALL)
+        create_backbone(SMALL, standardize="none")
 
 
 def test_a_cached_download_is_used_without_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -292,7 +298,7 @@ def test_a_cached_download_is_used_without_the_network(monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
     cached = f"{tmp_path}/model.safetensors"
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: cached)
-    assert create_backbone(SMALL).fingerprint() == small(cached).fingerprint()
+    assert create_backbone(SMALL, standardize="none").fingerprint() == small(cached).fingerprint()
 
 
 def test_a_model_without_pretrained_weights_says_so() -> None:
@@ -321,28 +327,30 @@ def _without_pretrained(create_model: object) -> object:
 
 def test_unknown_names_levels_and_dtypes_are_one_clear_error() -> None:
     with pytest.raises(BackboneError, match=r"no backbone 'tf_efficientnetb6'.*did you mean .*tf_efficientnet_b6"):
-        create_backbone("tf_efficientnetb6", weights="random")
+        create_backbone("tf_efficientnetb6", weights="random", standardize="none")
     with pytest.raises(BackboneError, match="list_models"):
-        create_backbone("qqqqqqqq", weights="random")
+        create_backbone("qqqqqqqq", weights="random", standardize="none")
     with pytest.raises(BackboneError, match=r"resnet18 has no pretrained weights 'best'; choose one of a1_in1k"):
-        create_backbone("resnet18.best", weights="random")
+        create_backbone("resnet18.best", weights="random", standardize="none")
     for levels in [(1, 5), (2, 1), (1, 1), (), (-1,)]:
         with pytest.raises(BackboneError, match=r"no levels .*0 \(16 channels, stride 2\), .*4 \(576 channels"):
-            create_backbone(SMALL, levels, "random")
+            create_backbone(SMALL, levels, "random", standardize="none")
     with pytest.raises(BackboneError, match="unknown dtype 'int8'"):
         small(dtype="int8")
 
 
 def test_padding_mean_and_std() -> None:
     """They are part of the configuration where they are not timm's own; tests/test_convert.py has their arithmetic."""
-    usual = create_backbone("resnet18", (1,), "random", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    assert usual.config() == {"name": "resnet18", "levels": [1], "dtype": "float32"}
-    other = create_backbone("resnet18", (1,), "random", padding_mode="reflect", std=(1, 1, 1))
+    usual = create_backbone(
+        "resnet18", (1,), "random", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), standardize="none"
+    )
+    assert usual.config() == {"name": "resnet18", "levels": [1], "dtype": "float32", "standardize": "none"}
+    other = create_backbone("resnet18", (1,), "random", padding_mode="reflect", std=(1, 1, 1), standardize="none")
     assert other.config() == {**usual.config(), "padding_mode": "reflect", "std": [1.0, 1.0, 1.0]}
     images = random_images((32, 32))
     features, reflected = (
         usual(images)[0],
-        create_backbone("resnet18", (1,), "random", padding_mode="reflect")(images)[0],
+        create_backbone("resnet18", (1,), "random", padding_mode="reflect", standardize="none")(images)[0],
     )
     assert not torch.equal(features, reflected)
     again = create_backbone(**json.loads(json.dumps(other.config())), weights="random")
@@ -358,7 +366,7 @@ def test_padding_mean_and_std() -> None:
         with pytest.raises(BackboneError, match=message):
             small(**options)  # type: ignore[arg-type]
     with pytest.raises(BackboneError, match="pads in a way of its own"):
-        create_backbone("tf_efficientnet_b0", (1,), "random", padding_mode="reflect")
+        create_backbone("tf_efficientnet_b0", (1,), "random", padding_mode="reflect", standardize="none")
     with pytest.raises(BackboneError, match="gabor backbone knows no other padding"):
         create_backbone("gabor", padding_mode="reflect")
 
@@ -391,6 +399,6 @@ def test_images_that_cannot_be_used_are_refused(images: Tensor, message: str) ->
 
 
 def test_a_model_of_one_image_size_names_it() -> None:
-    backbone = create_backbone("vit_tiny_patch16_224", (1,), "random")
+    backbone = create_backbone("vit_tiny_patch16_224", (1,), "random", standardize="none")
     with pytest.raises(FeatureError, match="takes images of 224 x 224 pixels only, not 192 x 224"):
         backbone(random_images((192, 224)))

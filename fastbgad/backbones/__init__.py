@@ -8,8 +8,9 @@ from pathlib import Path
 from ..errors import BackboneError
 from .base import Backbone
 from .gabor import GaborBackbone
+from .standardization import Standardize
 
-__all__ = ["Backbone", "GaborBackbone", "create_backbone"]
+__all__ = ["Backbone", "GaborBackbone", "Standardize", "create_backbone"]
 
 
 def create_backbone(
@@ -22,6 +23,7 @@ def create_backbone(
     padding_mode: str = "zeros",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    standardize: Standardize = "channel",
 ) -> Backbone:
     """Builds a backbone by name.
 
@@ -36,6 +38,9 @@ def create_backbone(
         padding_mode: `zeros`, or `reflect` in every convolution of a timm model that pads, as CFLOW-AD has it.
         mean: three values that a timm model's images are reduced by; those of its pretrained weights if None.
         std: three values that they are then divided by; those of its pretrained weights if None.
+        standardize: `channel`: mean and deviation of every channel of every level are learned from the training
+            normals (`fit`, which training calls) and features come standardized, which short schedules need; `none`:
+            a timm model's features as they are, as in the official code. `gabor` always standardizes its features.
 
     Raises:
         BackboneError: unknown name or level, a model without feature maps, or an unreachable hub.
@@ -46,6 +51,8 @@ def create_backbone(
             raise BackboneError(f"the gabor backbone has no weights to load from {weights}: leave weights out")
         if dtype != "float32" or compile:
             raise BackboneError("the gabor backbone runs in float32, uncompiled: leave dtype and compile out")
+        if standardize != "channel":
+            raise BackboneError("the gabor backbone always standardizes its features: leave standardize out")
         if padding_mode != "zeros" or mean is not None or std is not None:
             raise BackboneError("the gabor backbone knows no other padding, mean or std: leave them out")
         return GaborBackbone(levels)
@@ -55,4 +62,5 @@ def create_backbone(
     return TimmBackbone(
         name, levels, weights,
         seed=seed, dtype=dtype, compile=compile, padding_mode=padding_mode, mean=mean, std=std,
+        standardize=standardize,
     )  # fmt: skip

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import checksum
 from ..errors import FeatureError
+from .standardization import Standardization
 
 # Resizing with a sharp kernel overshoots [0, 1] a little, which is harmless; images in 0..255, or already divided by
 # a standard deviation, go far beyond and would give wrong features without any other sign.
@@ -20,16 +22,24 @@ _OVERSHOOT = 0.5
 class Backbone(nn.Module):
     """A frozen feature extractor: no parameter asks for a gradient and `train()` leaves it in evaluation mode.
 
+    Features are extracted, then standardized by statistics of the training normals, if the backbone has any.
+
     Attributes:
         channels: number of channels of each level.
         strides: image pixels per feature cell of each level.
+        standardization: statistics of the features; None leaves them as they are.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    standardization: Standardization | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.standardization = None
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Extracts the features of a batch of images.
+        """Extract the features of a batch of images and standardize them.
 
         Args:
             images: [B, 3, H, W] RGB, uint8 in 0..255 or floating point in [0, 1]; each backbone normalises them itself.
@@ -38,21 +48,48 @@ class Backbone(nn.Module):
             One floating point tensor [B, C_l, H_l, W_l] per level.
 
         Raises:
-            FeatureError: the images have another shape, dtype or range, or are smaller than a feature cell.
+            FeatureError: the images have another shape, dtype or range, or are smaller than a feature cell; or `fit`
+                must be called first.
         """
+        return [self.standardize_level(level, maps) for level, maps in enumerate(self.extract(images))]
+
+    def extract(self, images: Tensor) -> list[Tensor]:
+        """Return the features as they are before standardization; see `forward`."""
         raise NotImplementedError
+
+    def standardize_level(self, level: int, features: Tensor) -> Tensor:
+        """Return the standardized features [B, C, h, w] of one level, from those that `extract` gives."""
+        return features if self.standardization is None else self.standardization.level(level, features)
 
     @property
     def needs_fit(self) -> bool:
         """Whether `fit` must see training images before the first forward."""
-        return False
+        return self.standardization is not None and not self.standardization.fitted
 
+    @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Learns the feature statistics from batches of un-augmented normal images; nothing to learn by default.
+        """Learn the feature statistics from batches of un-augmented normal images, if the backbone keeps any.
 
         Args:
             batches: [B, 3, H, W] tensors as for `forward`.
+
+        Raises:
+            FeatureError: images or features that no statistics can be learned from.
         """
+        self.fit_features(self.extract(images) for images in batches)
+
+    def fit_features(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn the feature statistics as `fit` does, from features that `extract` gave."""
+        if self.standardization is not None:
+            self.standardization.fit(batches)
+
+    def without_statistics(self) -> Self:
+        """Return a backbone with the same network, which is shared, and no feature statistics: for other images."""
+        other = copy.copy(self)
+        if self.standardization is not None:
+            fresh = Standardization(self.channels).to(self.standardization.rows_seen.device)
+            other._modules = {**self._modules, "standardization": fresh}
+        return other
 
     def config(self) -> dict[str, Any]:
         """The arguments of `create_backbone` that build this backbone again, weights aside; JSON can hold them."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, FeatureError
 from .base import Backbone, unit_range
+from .standardization import RunningMoments
 
 _LEVELS = (1, 2, 3)
 _ORIENTATIONS = 6
@@ -105,60 +106,51 @@ class GaborBackbone(Backbone):
         """True until `fit` ran or statistics were loaded."""
         return not self._fitted
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Standardised features; see `Backbone.forward`. Level l has ceil(H / stride) x ceil(W / stride) cells.
+    def extract(self, images: Tensor) -> list[Tensor]:
+        """Return features before standardization; level l has ceil(H / stride) x ceil(W / stride) cells.
 
         Raises:
-            FeatureError: images that cannot be used (see `unit_range`), or `fit` has not run.
+            FeatureError: images that cannot be used (see `unit_range`).
+        """
+        return self._raw(unit_range(images, _SMALLEST))
+
+    def standardize_level(self, level: int, features: Tensor) -> Tensor:
+        """Return the features of one level, standardized and compressed.
+
+        Raises:
+            FeatureError: `fit` has not run.
         """
         if self.needs_fit:
             raise FeatureError(
                 "the gabor backbone has no feature statistics yet: call fit() with batches of normal training images, "
                 "or load a state dict saved after that"
             )
-        features = self._raw(unit_range(images, _SMALLEST))
-        return [
-            _LINEAR_RANGE * torch.asinh((feature - _column(mean)) / (_LINEAR_RANGE * _column(std)))
-            for feature, mean, std in zip(features, self.mean, self.std, strict=True)
-        ]
+        centered = features - _column(self.mean[level])
+        return _LINEAR_RANGE * torch.asinh(centered / (_LINEAR_RANGE * _column(self.std[level])))
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Learns mean and deviation of each feature in one pass, in float64; forgets what an earlier call learnt.
-
-        Partial sums are merged pairwise by the update of Chan, Golub and LeVeque (1983), which does not cancel.
+    def fit_features(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn mean and deviation of each feature in one pass, in float64; forget what an earlier call learned.
 
         Args:
-            batches: [B, 3, H, W] un-augmented normal images, as for `forward`; sizes may differ.
+            batches: per level [B, 32, h_l, w_l], from `extract`, of un-augmented normal images; sizes may differ.
 
         Raises:
-            FeatureError: no batch, images that cannot be used, or images without any texture.
+            FeatureError: no batch, or images without any texture.
         """
-        count = [0] * len(self.levels)
-        mean = torch.zeros(self.mean.shape, dtype=torch.float64, device=self.mean.device)
-        squares = torch.zeros_like(mean)
-        for images in batches:
-            for level, feature in enumerate(self._raw(unit_range(images.to(self.mean.device), _SMALLEST))):
-                cells = feature.double().movedim(1, 0).flatten(1)  # [C, N]
-                added, total = cells.shape[1], count[level] + cells.shape[1]
-                added_mean = cells.mean(1)
-                shift = added_mean - mean[level]
-                squares[level] += (cells - added_mean[:, None]).square().sum(1) + shift**2 * (
-                    count[level] * added / total
-                )
-                mean[level] += shift * (added / total)
-                count[level] = total
-        if not all(count):
-            raise FeatureError("no images to learn the feature statistics from: fit() got no batch of normal images")
-        std = (squares / torch.tensor(count, device=squares.device)[:, None]).sqrt()
+        moments = RunningMoments(self.channels, self.mean.device)
+        for features in batches:
+            moments.update(features)
+        means, deviations = moments.result()
+        std = torch.stack(deviations)
         if std.max() < _STD_FLOOR:
             raise FeatureError(
                 "the training images are all of one colour without any texture: no feature varies among them; "
                 "check that the right images were read"
             )
-        self.mean.copy_(mean)
+        self.mean.copy_(torch.stack(means))
         self.std.copy_(std.clamp_min(_STD_FLOOR))
-        self.cells_seen.copy_(torch.tensor(count))
+        self.cells_seen.copy_(torch.tensor(moments.count))
         self._fitted = True
 
     def config(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, FeatureError
 from .base import Backbone, unit_range
+from .standardization import Standardization, Standardize
 from .weights import hub_error, hub_overlay, load_weights, read_weights
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -49,6 +50,7 @@ class TimmBackbone(Backbone):
         padding_mode: str = "zeros",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        standardize: Standardize = "none",
     ) -> None:
         """Builds the model and loads its weights.
 
@@ -62,6 +64,8 @@ class TimmBackbone(Backbone):
             padding_mode: `zeros`, or `reflect` in every convolution that pads, as CFLOW-AD has it.
             mean: three values that are subtracted from images in [0, 1]; those of timm's pretrained weights if None.
             std: three positive values that images are then divided by; those of timm's pretrained weights if None.
+            standardize: `channel`: `fit` learns mean and deviation of every channel and level, and features come
+                standardized; `none`: features as the network gives them.
 
         Raises:
             BackboneError: unknown name, level, dtype or padding, a model without feature maps or that cannot pad so,
@@ -71,6 +75,8 @@ class TimmBackbone(Backbone):
         super().__init__()
         if padding_mode not in ("zeros", "reflect"):
             raise BackboneError(f"unknown padding {padding_mode!r} of a backbone; choose zeros or reflect")
+        if standardize not in get_args(Standardize):
+            raise BackboneError(f"standardize is {standardize!r}; choose one of {', '.join(get_args(Standardize))}")
         if dtype not in _DTYPES:
             raise BackboneError(f"unknown dtype {dtype!r} of a backbone; choose one of {', '.join(_DTYPES)}")
         self.name, self.levels, self.dtype = name, tuple(int(level) for level in levels), dtype
@@ -105,13 +111,17 @@ class TimmBackbone(Backbone):
             tensor = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(buffer, tensor, persistent=False)
         self.net = net.to(_DTYPES[dtype]).to(memory_format=torch.channels_last)
+        if standardize == "channel":
+            self.standardization = Standardization(self.channels)
         self._freeze()
         if compile:
             # In place: a wrapping module would rename every tensor of the state dict.
             self.net.compile()
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Extracts the levels; see `Backbone.forward`. A last row or column of cells may be partly outside the image.
+    def extract(self, images: Tensor) -> list[Tensor]:
+        """Return the levels as the network gives them; see `Backbone.forward`.
+
+        A last row or column of cells may be partly outside the image.
 
         Raises:
             FeatureError: images that the model cannot take, or features that are not maps of this many channels.
@@ -140,6 +150,7 @@ class TimmBackbone(Backbone):
     def config(self) -> dict[str, Any]:
         """See `Backbone.config`. `compile` is left out: it depends on the machine, not on the model."""
         config = {"name": self.name, "levels": list(self.levels), "dtype": self.dtype, **self._chosen}
+        config["standardize"] = "none" if self.standardization is None else "channel"
         if self.padding_mode != "zeros":
             config["padding_mode"] = self.padding_mode
         return config

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import Normalize, Resize
 
-from ..backbones import create_backbone
+from ..backbones import Standardize, create_backbone
 from ..config import AnomalyConfig, CellLabels, FlowConfig, LossConfig, Method, ScheduleConfig, TrainConfig
 from ..errors import ConfigError, FeatureError, MissingDependencyError
 from ..export_graph import ExportedDetector
@@ -79,6 +79,7 @@ class Bgad(AnomalibModule):
         pre_trained: whether a timm model starts with pretrained weights, from the hub, or with random ones.
         weights: a file with the backbone's weights, in place of both.
         backbone_dtype: of a timm model's weights and features.
+        standardize: `channel`: features are standardized on the training normals; `none`: they are left as they are.
         coupling_layers, condition_channels, clamp: the flow of every level; see `fastbgad.config.FlowConfig`.
         method: nfad, bgad_without, bgad_dagger or bgad. The first two use normal images alone: anomalous ones in the
             training set are passed over.
@@ -117,6 +118,7 @@ class Bgad(AnomalibModule):
         pre_trained: bool = True,
         weights: str | None = None,
         backbone_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        standardize: Standardize = "channel",
         coupling_layers: int = FlowConfig.coupling_layers,
         condition_channels: int = FlowConfig.condition_channels,
         clamp: float = FlowConfig.clamp,
@@ -157,7 +159,7 @@ class Bgad(AnomalibModule):
         self._check_pre_processor()
         source = weights or ("pretrained" if pre_trained or backbone == "gabor" else "random")
         detector = BGAD(
-            create_backbone(backbone, levels, source, seed, backbone_dtype),
+            create_backbone(backbone, levels, source, seed, backbone_dtype, standardize=standardize),
             self.input_size or (256, 256),
             flow=self.config.flow,
             normalizer=normalizer,
@@ -367,8 +369,11 @@ class Bgad(AnomalibModule):
         checkpoint[_HISTORY] = copy.deepcopy(self.model.detector.history)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up what was trained on."""
+        """Takes up what was trained on. Checkpoints of before there was a choice hold no statistics of features."""
         super().on_load_checkpoint(checkpoint)
+        prefix = "model.detector.backbone.standardization."
+        if not any(name.startswith(prefix) for name in checkpoint["state_dict"]):
+            self.model.detector.backbone.standardization = None
         self.model.detector.history = copy.deepcopy(checkpoint.get(_HISTORY, {}))
 
     def __getstate__(self) -> dict[str, Any]:

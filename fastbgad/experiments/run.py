@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbones import Backbone, create_backbone
+from ..backbones import Backbone, Standardize, create_backbone
 from ..calibration import stored_log_likelihoods
 from ..config import TrainConfig
 from ..data import Category, DecodedImages, Sample, Split
@@ -180,7 +180,8 @@ class CellRunner:
         setup = self.setup
         if setup.backbone == "gabor":  # its statistics are those of the category
             return create_backbone("gabor", setup.levels).to(self.device)
-        return _timm_backbone(setup.backbone, setup.levels, setup.weights, setup.dtype, self.device)
+        choices = (setup.backbone, setup.levels, setup.weights, setup.dtype, setup.standardize)
+        return _timm_backbone(*choices, self.device).without_statistics()
 
     # ------------------------------------------------------------------- peers
 
@@ -260,6 +261,8 @@ class CellRunner:
 
 
 @lru_cache(maxsize=1)
-def _timm_backbone(name: str, levels: tuple[int, ...], weights: str, dtype: str, device: torch.device) -> Backbone:
-    """A frozen network is the same for every category: it is loaded once."""
-    return create_backbone(name, levels, weights, dtype=dtype).to(device)
+def _timm_backbone(
+    name: str, levels: tuple[int, ...], weights: str, dtype: str, standardize: Standardize, device: torch.device
+) -> Backbone:
+    """A frozen network is the same for every category: it is loaded once. Statistics of features are not."""
+    return create_backbone(name, levels, weights, dtype=dtype, standardize=standardize).to(device)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
+from ..backbones import Standardize
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..evaluation import CalibrationName
@@ -23,6 +24,8 @@ class Setup:
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = "pretrained"
     """pretrained (from the hub), random, or a local .safetensors, .pth or .pt file."""
+    standardize: Standardize = "none"
+    """channel: features standardized on each category's training normals; none: as they are, as in the paper's code."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
