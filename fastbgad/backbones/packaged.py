@@ -195,12 +195,12 @@ def _layer_names(wanted: Iterable[str]) -> dict[str, str]:
             _, stage, number, layer, *_ = key.split(".")
             blocks.setdefault((int(stage), int(number)), set()).add(layer)
     names = dict(_AROUND_BLOCKS)
-    for index, (stage, number) in enumerate(sorted(blocks)):
-        expands = "conv_pwl" in blocks[stage, number]
+    for index, place in enumerate(sorted(blocks)):
+        expands = "conv_pwl" in blocks[place]
         theirs = _IN_BLOCK if expands else _IN_BLOCK[2:]
         ours = _TIMM_EXPANDING if expands else _TIMM_SEPARABLE
         for layer, renamed in zip(theirs, ours, strict=True):
-            names[f"_blocks.{index}.{layer}"] = f"blocks.{stage}.{number}.{renamed}"
+            names[f"_blocks.{index}.{layer}"] = f"blocks.{place[0]}.{place[1]}.{renamed}"
     return names
 
 
