@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .errors import FastBGADError
+from .errors import FastBGADError, Notice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,8 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"fastbgad: warning: {message}", file=sys.stderr)
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if not issubclass(category, Notice):
+        print(f"fastbgad: warning: {message}", file=sys.stderr)
+        return
+    from .ranks import find_place
+
+    # Processes that were started together make the same choice; one of them tells.
+    if find_place().is_first:
+        print(f"fastbgad: note: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -90,10 +90,10 @@ class Train:
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = "pretrained"
-    """pretrained (from the hub), random, or a local .safetensors, .pth or .pt file."""
-    standardize: Standardize = "channel"
-    """channel: standardize features on the training normals (gabor always does so); none: leave them as they are, as
-    the official code."""
+    """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
+    standardize: Standardize = "whiten"
+    """Bring features to mean 0 and variance 1 on the training normals: whiten, or channel by channel; none: leave them
+    as they are, as the official code. gabor has a standardization of its own."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
@@ -236,7 +236,7 @@ class Bench:
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     """gabor or any timm model with feature maps."""
     weights: str = "random"
-    """Of a timm model: random, pretrained (from the hub), or a local .safetensors, .pth or .pt file."""
+    """random, pretrained (from the hub), package (needs fastbgad[weights]), or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     dtype: Dtype = "float32"

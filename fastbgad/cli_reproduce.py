@@ -79,10 +79,10 @@ class Reproduce:
     backbone: str = Setup.backbone
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = Setup.weights
-    """pretrained (from the hub), random, or a local .safetensors, .pth or .pt file."""
+    """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     standardize: Standardize = Setup.standardize
-    """channel: features standardized on each category's training normals, which short schedules need (gabor always
-    does so); none: as they are, as in the paper's code."""
+    """none: features as they are, as in the paper's code; whiten, or channel: with mean 0 and variance 1 on each
+    category's training normals, which short schedules need. gabor has a standardization of its own."""
     levels: tuple[int, ...] = Setup.levels
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = Setup.image_size

@@ -20,9 +20,9 @@ from .cli import Bench, Command, Convert, Demo, Evaluate, Export, Info, Predict,
 from .config import METHOD_NAMES, TrainConfig, demo_preset
 from .convert import convert
 from .data import Sample, Split, make_demo_dataset, open_category, split_known_anomalies
-from .data_parallel import process_group
+from .data_parallel import DataParallel, process_group
 from .environment import choose_device, machine, versions
-from .errors import ConfigError
+from .errors import BackboneError, ConfigError
 from .evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
 from .experiments.command import reproduce
 from .export import export_detector
@@ -73,6 +73,8 @@ def _train(command: Train) -> int:
         )
     bar = console.training_bar(category.name) if place.is_first else nullcontext()
     with process_group(place, device) as parallel, bar as on_progress:
+        if parallel is not None:
+            _check_same_weights(model, parallel, device)
         result = fit(
             model,
             split,
@@ -117,6 +119,17 @@ def _new_model(command: Train, device: torch.device) -> BGAD:
         impl=command.impl,
         precision=command.precision,
     ).to(device)
+
+
+def _check_same_weights(model: BGAD, parallel: DataParallel, device: torch.device) -> None:
+    """Refuse a shared training in which some processes reached the hub and others took the weights of a package."""
+    packaged = getattr(model.backbone, "weights_source", None) == "package"
+    count = int(parallel.sum(torch.tensor(int(packaged), device=device)))
+    if count not in (0, parallel.world):
+        raise BackboneError(
+            f"{count} of {parallel.world} processes could not reach the hub and took the backbone's weights from a "
+            "package, the others from the hub; give --weights package, so that all have the same"
+        )
 
 
 def _evaluate_with_bar(title: str, model: BGAD, samples: Sequence[Sample], workers: int, **options: Any) -> Evaluation:

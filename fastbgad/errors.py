@@ -72,3 +72,11 @@ class MissingDependencyError(FastBGADError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}: pip install 'fastbgad[{extra}]'")
+
+
+class Notice(UserWarning):
+    """A choice that fastbgad made and that the user may want to know of; nothing is wrong.
+
+    The command line prints it as a line that begins with "note". `warnings.filterwarnings("ignore", category=Notice)`
+    silences it.
+    """

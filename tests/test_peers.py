@@ -325,10 +325,10 @@ def test_a_request_to_terminate_is_not_forgotten(data: Data, monkeypatch: pytest
 @pytest.mark.parametrize("method", ["padim", "patchcore", "cflow_ad"])
 def test_weights_that_cannot_be_had(data: Data, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str) -> dict[str, Any]:
-        raise BackboneError(f"cannot get {name} (no route to host); give weights=PATH")
+        raise BackboneError(f"cannot get {name} (no route to host); use --weights FILE")
 
     monkeypatch.setattr(peer_engine, "hub_overlay", unreachable)
-    with pytest.raises(BackboneError, match=rf"{PEERS[method]} .*no route to host.*run it once .*weights=random"):
+    with pytest.raises(BackboneError, match=rf"{PEERS[method]} .*no route to host.*run it once .*--weights random"):
         run(data, cell(method, backbone="resnet18"), replace(SETUP, weights="pretrained"))
 
 
@@ -339,11 +339,13 @@ def test_weights_of_torchvision_that_cannot_be_had(data: Data, tmp_path: Path, m
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    with pytest.raises(BackboneError, match=r"CFA .*no route to host.*weights=random"):
+    with pytest.raises(BackboneError, match=r"CFA .*no route to host.*--weights random"):
         run(data, cell("cfa"), replace(SETUP, weights="pretrained"))
 
 
-@pytest.mark.parametrize(("weights", "pretrained"), [("pretrained", True), ("file.pth", True), ("random", False)])
+@pytest.mark.parametrize(
+    ("weights", "pretrained"), [("pretrained", True), ("file.pth", True), ("package", True), ("random", False)]
+)
 def test_pretrained_weights_are_asked_for(
     data: Data, weights: str, pretrained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

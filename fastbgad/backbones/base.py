@@ -87,7 +87,8 @@ class Backbone(nn.Module):
         """Return a backbone with the same network, which is shared, and no feature statistics: for other images."""
         other = copy.copy(self)
         if self.standardization is not None:
-            fresh = Standardization(self.channels).to(self.standardization.rows_seen.device)
+            fresh = Standardization(self.channels, self.standardization.kind)
+            fresh = fresh.to(self.standardization.rows_seen.device)
             other._modules = {**self._modules, "standardization": fresh}
         return other
 

@@ -141,8 +141,8 @@ class GaborBackbone(Backbone):
         moments = RunningMoments(self.channels, self.mean.device)
         for features in batches:
             moments.update(features)
-        means, deviations = moments.result()
-        std = torch.stack(deviations)
+        means, variances = moments.result()
+        std = torch.stack(variances).sqrt()
         if std.max() < _STD_FLOOR:
             raise FeatureError(
                 "the training images are all of one colour without any texture: no feature varies among them; "

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, FeatureError
 from .base import Backbone, unit_range
+from .packaged import package_of, packaged_state
 from .standardization import Standardization, Standardize
-from .weights import hub_error, hub_overlay, load_weights, read_weights
+from .weights import hub_error, load_weights, read_weights, resolve_weights
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,6 +33,7 @@ class TimmBackbone(Backbone):
     Attributes:
         truncated: False where the feature class is not known well enough to cut: the model is whole, and correct.
         dropped_parameters: how many parameters timm's feature extractor of all levels has beyond this one.
+        weights_source: where the weights come from: `pretrained` (the hub or its cache), `package`, `random` or a path.
     """
 
     net: nn.Module
@@ -57,20 +59,21 @@ class TimmBackbone(Backbone):
         Args:
             name: timm's model name, `model` or `model.tag`. Without a tag timm takes its default pretrained weights.
             levels: strictly increasing level indices in timm's numbering.
-            weights: `pretrained`, `random` or the path of a file, see `create_backbone`.
+            weights: `pretrained`, `package`, `random` or the path of a file, see `create_backbone`.
             seed: for random weights.
             dtype: `float32`, `float16` or `bfloat16`, of the weights and of the features.
             compile: run the network through torch.compile; the names in the state dict stay the same.
             padding_mode: `zeros`, or `reflect` in every convolution that pads, as CFLOW-AD has it.
             mean: three values that are subtracted from images in [0, 1]; those of timm's pretrained weights if None.
             std: three positive values that images are then divided by; those of timm's pretrained weights if None.
-            standardize: `channel`: `fit` learns mean and deviation of every channel and level, and features come
-                standardized; `none`: features as the network gives them.
+            standardize: `whiten` or `channel`: `fit` learns the statistics of every level, and features come with
+                mean 0 and variance 1, whitened or channel by channel; `none`: features as the network gives them.
 
         Raises:
             BackboneError: unknown name, level, dtype or padding, a model without feature maps or that cannot pad so,
-                statistics that are not three numbers, or an unreachable hub.
+                statistics that are not three numbers, an unreachable hub, or a package that there is none of.
             CheckpointError: a weights file that is missing, damaged or of another model.
+            MissingDependencyError: the package that `weights` asks for is not installed.
         """
         super().__init__()
         if padding_mode not in ("zeros", "reflect"):
@@ -88,14 +91,17 @@ class TimmBackbone(Backbone):
         self.channels = tuple(info.channels(list(self.levels)))
         self.strides = tuple(info.reduction(list(self.levels)))
 
-        source = str(weights)
-        overlay = hub_overlay(name) if source == "pretrained" else None
+        source, overlay = resolve_weights(name, weights)
+        self.weights_source = source
         net = _build(name, seed, out_indices=self.levels, overlay=overlay)
         self.truncated = _truncate(net, self.levels)
         if padding_mode == "reflect":
             _reflect(net, name)
         self.dropped_parameters = size_of_whole - _count(net)
-        if source not in ("pretrained", "random"):
+        if source == "package":
+            state, package = packaged_state(name), package_of(name)
+            load_weights(net, state, f"the package {package.distribution}" if package else source, name)
+        elif source not in ("pretrained", "random"):
             load_weights(net, read_weights(weights), weights, name)
 
         self._channels_come_last = str(getattr(net, "output_fmt", "")).endswith("NHWC")
@@ -111,8 +117,8 @@ class TimmBackbone(Backbone):
             tensor = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(buffer, tensor, persistent=False)
         self.net = net.to(_DTYPES[dtype]).to(memory_format=torch.channels_last)
-        if standardize == "channel":
-            self.standardization = Standardization(self.channels)
+        if standardize != "none":
+            self.standardization = Standardization(self.channels, standardize)
         self._freeze()
         if compile:
             # In place: a wrapping module would rename every tensor of the state dict.
@@ -150,7 +156,7 @@ class TimmBackbone(Backbone):
     def config(self) -> dict[str, Any]:
         """See `Backbone.config`. `compile` is left out: it depends on the machine, not on the model."""
         config = {"name": self.name, "levels": list(self.levels), "dtype": self.dtype, **self._chosen}
-        config["standardize"] = "none" if self.standardization is None else "channel"
+        config["standardize"] = "none" if self.standardization is None else self.standardization.kind
         if self.padding_mode != "zeros":
             config["padding_mode"] = self.padding_mode
         return config

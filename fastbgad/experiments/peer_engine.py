@@ -199,8 +199,8 @@ def _no_weights(label: str, backbone: str, error: Exception) -> BackboneError:
     reason = str(error).partition(";")[0] or type(error).__name__
     return BackboneError(
         f"{label} starts from pretrained weights of {backbone}, and they cannot be had ({reason}); run it once on a "
-        "machine that reaches the hub and copy its cache, use weights=random for an untrained network, or leave "
-        f"{label} out"
+        'machine that reaches the hub and copy its cache, use --weights random (in Python weights="random") for an '
+        f"untrained network, or leave {label} out"
     )
 
 

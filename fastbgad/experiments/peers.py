@@ -48,10 +48,10 @@ def run_peer(
 ) -> PeerScores:
     """Trains a method of another author on the split's normal images and scores its test images.
 
-    Networks start with the weights that anomalib gives them by default, from the hub, since those of `setup` belong to
-    another network; with `setup.weights` "random" they are untrained. `cell.seed` seeds weights, order and whatever
-    else is drawn, and the caller's random state is left as it was. On a GPU the same seed may give slightly different
-    scores. CFLOW-AD's scores are relative to the test images given, as in its authors' code.
+    Networks start with the weights that anomalib gives them by default, from the hub, since those of `setup` (a file or
+    a package) belong to another network; with `setup.weights` "random" they are untrained. `cell.seed` seeds weights,
+    order and whatever else is drawn, and the caller's random state is left as it was. On a GPU the same seed may give
+    slightly different scores. CFLOW-AD's scores are relative to the test images given, as in its authors' code.
 
     Args:
         cell: method, seed and, as overrides, what differs from the method's recipe.

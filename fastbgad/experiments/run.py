@@ -21,6 +21,7 @@ from ..calibration import stored_log_likelihoods
 from ..config import TrainConfig
 from ..data import Category, DecodedImages, Sample, Split
 from ..environment import machine, versions
+from ..errors import BackboneError
 from ..files import write_with
 from ..image_features import ImageFeatures
 from ..metrics import evaluate
@@ -265,4 +266,11 @@ def _timm_backbone(
     name: str, levels: tuple[int, ...], weights: str, dtype: str, standardize: Standardize, device: torch.device
 ) -> Backbone:
     """A frozen network is the same for every category: it is loaded once. Statistics of features are not."""
-    return create_backbone(name, levels, weights, dtype=dtype, standardize=standardize).to(device)
+    backbone = create_backbone(name, levels, weights, dtype=dtype, standardize=standardize)
+    source = getattr(backbone, "weights_source", weights)
+    if source != weights:
+        raise BackboneError(
+            f"this run has {weights} weights of {name}, but the hub no longer answers; other weights cannot share its "
+            f"tables: repeat the command later, or give --weights {source} and another --out"
+        )
+    return backbone.to(device)

@@ -23,9 +23,9 @@ class Setup:
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = "pretrained"
-    """pretrained (from the hub), random, or a local .safetensors, .pth or .pt file."""
+    """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     standardize: Standardize = "none"
-    """channel: features standardized on each category's training normals; none: as they are, as in the paper's code."""
+    """none: features as they are, as in the paper's code; whiten, channel: standardized on each category's normals."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
