@@ -14,7 +14,7 @@ from .features import FeatureStore
 from .model import BGAD
 from .ops.boundary import check_boundary_options
 from .ops.dispatch import compute_dtype
-from .scoring import calibrate
+from .scoring import LevelWeights, calibrate, level_weights
 
 
 @torch.inference_mode()
@@ -24,6 +24,7 @@ def calibrate_model(
     *,
     beta: float = LossConfig.beta,
     tau: float = LossConfig.tau,
+    weights: LevelWeights = "equal",
     batch_size: int = 16,
     workers: int = 2,
     on_images: Callable[[int], None] | None = None,
@@ -35,6 +36,7 @@ def calibrate_model(
         normals: normal images, best those that the flows were trained on.
         beta: the boundary is this fraction's percentile of the normal log-likelihoods, in (0, 1).
         tau: margin between the normal and the anomalous boundary, in units of log-likelihood / normalizer.
+        weights: of the levels in the anomaly map, equal as in the code that a converted model comes from.
         batch_size: images that go through the model together.
         workers: threads that decode images.
         on_images: called with the number of images of every finished batch.
@@ -57,7 +59,10 @@ def calibrate_model(
             "the log-likelihoods of the normal images contain NaN or Inf; check that the backbone and the image size "
             "are those that the flows were trained with"
         )
-    model.set_calibration(calibrate(levels, model.image_size, beta=beta, tau=tau, normalizer=model.normalizer))
+    factors = level_weights(weights, model.backbone.channels)
+    model.set_calibration(
+        calibrate(levels, model.image_size, beta=beta, tau=tau, normalizer=model.normalizer, weights=factors)
+    )
 
 
 @torch.inference_mode()

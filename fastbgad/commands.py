@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import singledispatch
@@ -91,6 +91,7 @@ def _train(command: Train) -> int:
     evaluation = _evaluate_with_bar(category.name, model, split.test, command.workers)
     _write_metrics(command.out, model, evaluation, result)
     _print_metrics([(category.name, METHOD_NAMES[config.method], evaluation)])
+    _print_decisions(false_alarms(model, evaluation))
     if command.report:
         run_ = _report_of(category.name, config, model, evaluation, result)
         write_report(command.out / REPORT_FILE, [run_], f"{category.name}: {METHOD_NAMES[config.method]}")
@@ -150,6 +151,17 @@ def _print_metrics(rows: Sequence[tuple[str, str, Evaluation]]) -> None:
         ("category", "method", *_COLUMNS),
         [(category, method, *_figures(evaluation)) for category, method, evaluation in rows],
     )
+
+
+def _print_decisions(shares: Mapping[str, float]) -> None:
+    """Prints what the explicit boundary catches and what it falsely alarms; nothing for a model without one."""
+    rows = [
+        (edge, f"{shares[f'anomalous_images_beyond_{edge}']:.1%}", f"{shares[f'normal_images_beyond_{edge}']:.1%}")
+        for edge in ("b_n", "b_a")
+        if shares
+    ]
+    if rows:
+        console.print_table("Test images beyond the boundary", ("boundary", "anomalous", "normal"), rows)
 
 
 def _figures(evaluation: Evaluation) -> tuple[float, float, float]:
@@ -247,13 +259,15 @@ def _evaluate(command: Evaluate) -> int:
         pro_limit=command.pro_limit,
     )
     _print_metrics([(category.name, _method_of(model), evaluation)])
-    facts: dict[str, object] = {name: f"{value:.4f}" for name, value in false_alarms(model, evaluation).items()}
+    _print_decisions(false_alarms(model, evaluation))
+    facts: dict[str, object] = {}
     if command.official_pro:
         pro = official_pro(evaluation.maps, evaluation.masks, command.pro_limit)
         facts["official PRO"] = f"{pro:.4f}"
     if not model.calibrated:
         facts["decisions"] = "none: the model has no calibration"
-    console.print_facts(facts)
+    if facts:
+        console.print_facts(facts)
     if command.out is not None:
         _write_metrics(make_folder(command.out), model, evaluation)
         config = {"architecture": model.architecture(), "training": model.history.get("config", {})}

@@ -12,6 +12,7 @@ from .errors import ConfigError
 from .flow_spec import ClampForm, FlowSpec, GlobalAffine
 from .ops import MlForm, Reduction
 from .ops.boundary import check_boundary_options
+from .scoring import LevelWeights
 
 CellLabels = Literal["nearest", "any"]
 Method = Literal["nfad", "bgad_without", "bgad_dagger", "bgad"]
@@ -140,6 +141,19 @@ class AnomalyConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """How log-likelihoods become the anomaly map. Training does not depend on it; it is part of the trained model."""
+
+    level_weights: LevelWeights = "channels"
+    """channels: levels count in proportion to their channels; equal: all alike, as in the official code."""
+
+    def __post_init__(self) -> None:
+        if self.level_weights not in get_args(LevelWeights):
+            choices = ", ".join(get_args(LevelWeights))
+            raise ConfigError(f"level_weights is {self.level_weights!r}; choose one of {choices}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides the outcome of a training run, data and backbone aside."""
 
@@ -152,6 +166,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     anomalies: AnomalyConfig = field(default_factory=AnomalyConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHOD_NAMES:

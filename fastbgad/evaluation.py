@@ -15,7 +15,7 @@ from .features import cell_mask
 from .metrics import Metrics, evaluate
 from .model import BGAD
 from .report import ImageRow, LevelHistogram, RunReport
-from .scoring import Calibration, official_anomaly_maps, sides
+from .scoring import Calibration, official_anomaly_maps
 
 CalibrationName = Literal["training", "official"]
 
@@ -159,16 +159,16 @@ def run_report(
 
 
 def false_alarms(model: BGAD, evaluation: Evaluation) -> dict[str, float]:
-    """How the explicit boundary decides images: the share of normal and of anomalous images beyond b_a.
+    """How the explicit boundary decides images: the shares of normal and of anomalous images beyond b_n and b_a.
 
     Empty for a model without calibration, which has no boundary.
     """
     if not model.calibrated:
         return {}
-    _, b_a = model.thresholds()
-    beyond = sides(evaluation.image_scores, b_a, b_a) == 2
     labels = torch.tensor([sample.label for sample in evaluation.samples], dtype=torch.bool)
     shares = {}
-    for name, chosen in (("normal_images_beyond_b_a", ~labels), ("anomalous_images_beyond_b_a", labels)):
-        shares[name] = float(beyond[chosen].float().mean())
+    for name, edge in zip(("b_n", "b_a"), model.thresholds(), strict=True):
+        beyond = (evaluation.image_scores > edge).float()
+        shares[f"normal_images_beyond_{name}"] = float(beyond[~labels].mean())
+        shares[f"anomalous_images_beyond_{name}"] = float(beyond[labels].mean())
     return shares

@@ -1,27 +1,44 @@
 """From log-likelihoods to scores and decisions: calibration constants, anomaly maps, sides of the boundary.
 
-The official code subtracts each level's maximum over the *whole test set*, so an image's score changes with the
-images tested beside it. Here the constants come from the training normals and belong to the model; the official
-calibration is the named alternative `official_anomaly_maps`.
+    anomaly_map = offset - sum over levels of w_l * upsample(exp(lp_l - m_l))
+
+with m_l the largest lp of a training normal. The official code subtracts each level's maximum over the *whole test
+set*, so an image's score changes with the images tested beside it. Here the constants come from the training normals
+and belong to the model; the official calibration is the named alternative `official_anomaly_maps`.
+
+The weights are proportional to the levels' channels (`level_weights`), where the official code has equal ones: lp is a
+mean over channels, and the levels with more of them tell more. The weights need no place of their own:
+w * exp(lp - m) = exp(lp - (m - log w)).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .ops import Impl, boundary, score_map
 
+LevelWeights = Literal["channels", "equal"]
+"""How much each level counts in the anomaly map: in proportion to its channels, or alike as in the official code."""
+
 
 class Calibration(NamedTuple):
     """What turns log-likelihoods into scores and decisions; all from training normals."""
 
-    level_max: Tensor  # [L], the largest lp of a training normal at each level
-    offset: Tensor  # scalar, the largest summed likelihood of a training normal's map
+    level_max: Tensor  # [L], the largest lp of a training normal at each level, less the logarithm of its weight
+    offset: Tensor  # scalar, the largest weighted sum of likelihoods of a training normal's map
     boundaries: Tensor  # [L, 2], b_n and b_a in units of lp / normalizer
+
+
+def level_weights(kind: LevelWeights, channels: Sequence[int]) -> list[float]:
+    """Return the weight of each level in the anomaly map; their mean is 1."""
+    if kind == "equal":
+        return [1.0] * len(channels)
+    return [len(channels) * count / sum(channels) for count in channels]
 
 
 def calibrate(
@@ -31,9 +48,18 @@ def calibrate(
     beta: float,
     tau: float,
     normalizer: float,
+    weights: Sequence[float] | None = None,
 ) -> Calibration:
-    """The constants of a trained model, from its training normals' log-likelihoods."""
-    level_max = torch.stack([lp.max() for lp in levels])
+    """The constants of a trained model, from its training normals' log-likelihoods.
+
+    Args:
+        levels: of all training normals.
+        size: (height, width) of the anomaly map.
+        beta, tau, normalizer: of the boundary, see `fastbgad.ops.boundary`.
+        weights: of the levels in the anomaly map, positive; all 1 if None.
+    """
+    logs = [math.log(weight) for weight in weights or [1.0] * len(levels)]
+    level_max = torch.stack([lp.max() - log for lp, log in zip(levels, logs, strict=True)])
     edges = []
     for lp in levels:
         rows = lp.reshape(-1)
@@ -50,7 +76,7 @@ def calibrate(
 def map_thresholds(calibration: Calibration, normalizer: float) -> Tensor:
     """The scores [2] of a pixel that lies on b_n, and on b_a, at every level at once.
 
-        threshold(b) = offset - sum over levels of exp(normalizer * b_l - level_max_l)
+        threshold(b) = offset - sum over levels of w_l * exp(normalizer * b_l - m_l)
 
     They carry the explicit boundary from the levels to the anomaly map.
     """

@@ -15,6 +15,7 @@ import json
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from .calibration import stored_log_likelihoods
 from .config import TrainConfig
 from .data import AnomalySynthesis, AugmentedAnomalies, DecodedImages, Split
 from .data_parallel import DataParallel, SharedRows
-from .errors import CheckpointError, ConfigError, DataError, FastBGADError, FeatureError
+from .errors import CheckpointError, ConfigError, DataError, FastBGADError, FeatureError, Notice
 from .features import Placement
 from .files import make_folder, write_json, write_text
 from .image_features import ImageFeatures
@@ -36,7 +37,7 @@ from .interrupt import interrupt_flag
 from .loss_record import mean_losses
 from .model import BGAD
 from .schedule import image_batches, learning_rate, patch_chunks, patch_rows
-from .scoring import calibrate
+from .scoring import calibrate, level_weights
 from .synthesis_ahead import BANKS, SynthesisAhead
 from .training_level import LevelTrainer
 from .training_state import load_training_state, save_training_state
@@ -74,6 +75,7 @@ class FitResult:
     history: list[Record]  # one record per pass
     seconds: float  # wall time of this call
     feature_seconds: float  # of which fitting the backbone's statistics and extracting features
+    known_beyond: dict[str, int]  # how many known anomalies score beyond b_n and b_a; empty for methods without any
 
 
 def fit(
@@ -188,6 +190,7 @@ class TrainingRun:
         self.pass_index, self.batch_index = 0, 0
         self.history: list[Record] = []
         self.last_read = (-math.inf, Record())
+        self.known_beyond: dict[str, int] = {}
 
         # Items are the images of the run, numbered through: normals, known anomalies, then what is synthesised of them.
         known = split.known_anomalies if config.uses_anomalies else ()
@@ -261,8 +264,10 @@ class TrainingRun:
             assert self.run_dir is not None
             known = self._known_names()
             history = {"config": self.config.as_dict(), "passes": self.history, "known_anomalies": known}
+            if self.known_beyond:
+                history["known_anomalies_beyond"] = self.known_beyond
             self.model.save(self.run_dir / MODEL_FILE, history)
-        return FitResult(self.history, time.perf_counter() - self.started, feature_seconds)
+        return FitResult(self.history, time.perf_counter() - self.started, feature_seconds, self.known_beyond)
 
     def _train_pass(self, interrupted: threading.Event) -> None:
         """One pass over the training images, from `batch_index` on."""
@@ -356,15 +361,33 @@ class TrainingRun:
         return self.last_read[1]
 
     def _calibrate(self) -> None:
-        """Log-likelihoods of all training normals, and from them the constants of the model."""
-        count, loss = len(self.split.normals), self.config.loss
-        slots = self.features.slots([sample for sample in self.own_files if sample.label == 0])
+        """Set the model's constants from all training normals, and see on which side the known anomalies lie."""
+        normals, loss = len(self.split.normals), self.config.loss
+        slots = self.features.slots(self.own_files)
         levels = stored_log_likelihoods(self.model, self.features.store, slots, self.config.schedule.batch_size)
         if self.parallel is not None:
-            levels = [self.parallel.gather_images(lp, count) for lp in levels]
+            levels = [self.parallel.gather_images(lp, len(self.files)) for lp in levels]
         self.model.set_calibration(
-            calibrate(levels, self.model.image_size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer)
+            calibrate(
+                [lp[:normals] for lp in levels],
+                self.model.image_size,
+                beta=loss.beta,
+                tau=loss.tau,
+                normalizer=loss.normalizer,
+                weights=level_weights(self.config.score.level_weights, self.model.backbone.channels),
+            )
         )
+        if normals < len(self.files):
+            side = self.model.decide([lp[normals:] for lp in levels]).image_side
+            self.known_beyond = {name: int((side >= k).sum()) for k, name in ((1, "b_n"), (2, "b_a"))}
+            if self.known_beyond["b_a"] == 0 and (self.parallel is None or self.parallel.rank == 0):
+                warnings.warn(
+                    f"none of the {len(side)} known anomalies scores beyond the anomalous boundary b_a, so hardly any "
+                    "image will be decided to be anomalous; train longer (--schedule.meta-epochs), narrow the margin "
+                    f"(--loss.tau, now {loss.tau:g}), or go by the score",
+                    Notice,
+                    stacklevel=1,
+                )
 
     # ---------------------------------------------------------------- files
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import Normalize, Resize
 
 from ..backbones import Standardize, create_backbone
-from ..config import AnomalyConfig, CellLabels, FlowConfig, LossConfig, Method, ScheduleConfig, TrainConfig
+from ..config import AnomalyConfig, CellLabels, FlowConfig, LossConfig, Method, ScheduleConfig, ScoreConfig, TrainConfig
 from ..errors import ConfigError, FeatureError, MissingDependencyError
 from ..export_graph import ExportedDetector
 from ..loss_record import COLUMNS, loss_row, mean_losses
@@ -33,6 +33,7 @@ from ..losses import training_loss
 from ..model import BGAD
 from ..ops import Impl, MlForm, PositionalRows, Reduction
 from ..schedule import learning_rate, patch_chunks
+from ..scoring import LevelWeights
 from .anomalib_data import KnownAnomalies, with_known_anomalies
 from .anomalib_model import BgadModel, BoundaryPostProcessor
 from .anomalib_training import (
@@ -90,6 +91,7 @@ class Bgad(AnomalibModule):
             many as fit; the warm-up then takes half of them at most.
         cut_paste: how many anomalies an epoch synthesises from each known one. 0 uses them as they are.
         cell_labels: which cells of a feature map count as anomalous; see `fastbgad.config.AnomalyConfig`.
+        level_weights: how much each level counts in the anomaly map; see `fastbgad.config.ScoreConfig`.
         cache_features: extract the features of images that are not augmented once, and train on these. They take
             1.2 MB per 256-pixel image with tf_efficientnet_b6; what does not fit into memory goes to a file.
         seed: of the flows' initial weights, the order of patches and the synthesis. The order of images is Lightning's.
@@ -139,6 +141,7 @@ class Bgad(AnomalibModule):
         chunk_rows: int = ScheduleConfig.chunk_rows,
         cut_paste: int = AnomalyConfig.cut_paste,
         cell_labels: CellLabels = AnomalyConfig.cell_labels,
+        level_weights: LevelWeights = ScoreConfig.level_weights,
         cache_features: bool = True,
         seed: int = 0,
         impl: Impl = "auto",
@@ -157,6 +160,7 @@ class Bgad(AnomalibModule):
             LossConfig(beta, tau, lam, normalizer, ml_form, reduction, focal),
             ScheduleConfig(meta_epochs, 1, 1, chunk_rows, lr, lr_floor, warmup_epochs),
             AnomalyConfig(repeat=1, cut_paste=cut_paste, cell_labels=cell_labels),
+            ScoreConfig(level_weights),
         )
         self._check_pre_processor()
         source = weights or ("pretrained" if pre_trained or backbone == "gabor" else "random")

@@ -26,7 +26,7 @@ from ..data import AnomalySynthesis, AugmentedAnomalies, Sample
 from ..errors import ConfigError, DataError, FeatureError, MissingDependencyError
 from ..features import FeatureStore, cell_mask
 from ..model import BGAD
-from ..scoring import Calibration, calibrate
+from ..scoring import Calibration, calibrate, level_weights
 from .anomalib_data import anomalous_samples
 
 try:
@@ -186,7 +186,15 @@ class TrainingFeatures:
                 f"(lr is {self._config.schedule.lr:g})"
             )
         loss = self._config.loss
-        return calibrate(levels, self._detector.image_size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer)
+        weights = level_weights(self._config.score.level_weights, self._detector.backbone.channels)
+        return calibrate(
+            levels,
+            self._detector.image_size,
+            beta=loss.beta,
+            tau=loss.tau,
+            normalizer=loss.normalizer,
+            weights=weights,
+        )
 
     def _plan(self, images: TrainingImages, synthesise: bool) -> AugmentedAnomalies | None:
         times = self._config.anomalies.cut_paste

@@ -27,7 +27,7 @@ from ..image_features import ImageFeatures
 from ..metrics import evaluate
 from ..model import BGAD
 from ..ops import score_map
-from ..scoring import calibrate, official_anomaly_maps
+from ..scoring import calibrate, level_weights, official_anomaly_maps
 from ..training import Progress, fit, spare_slots
 from .cell_split import split_of
 from .cells import METRICS, Cell, CellResult, Dataset
@@ -155,7 +155,8 @@ class CellRunner:
         if self.setup.calibration == "official":
             return lambda levels: official_anomaly_maps(levels, size)
         levels = stored_log_likelihoods(model, features.store, features.slots(normals), _IMAGES_AT_ONCE)
-        constants = calibrate(levels, size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer)
+        weights = level_weights(config.score.level_weights, model.backbone.channels)
+        constants = calibrate(levels, size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer, weights=weights)
         return lambda levels: score_map(levels, size, constants.level_max, constants.offset).anomaly_map
 
     def _features_for(self, config: TrainConfig, known: int) -> ImageFeatures:
