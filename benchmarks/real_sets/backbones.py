@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from fastbgad.backbones import Backbone, create_backbone
-from fastbgad.backbones.weights import load_weights
 from fastbgad.errors import BackboneError
 
 SHORT_NAMES = {f"lite{number}": f"tf_efficientnet_lite{number}" for number in range(5)}
@@ -36,31 +36,20 @@ def build(features: Features, weights: str) -> tuple[Backbone, dict[str, str]]:
             whose name {features} stands for the short name.
 
     Raises:
-        BackboneError, CheckpointError: the backbone or its weights cannot be had.
+        BackboneError, CheckpointError, MissingDependencyError: the backbone or its weights cannot be had.
     """
     if features.backbone == "gabor":
         return create_backbone("gabor"), {"backbone": "gabor", "weights": "none", "standardize": "by the filter bank"}
     # The one place where standardization is asked for; a fastbgad without it gives raw features, as the record says.
     known = "standardize" in inspect.signature(create_backbone).parameters
     options = {"standardize": features.standardize} if known else {}
-    if weights == "package":
-        backbone = create_backbone(features.backbone, weights="random", **options)
-        net = backbone.net
-        load_weights(net, _packaged_state(features.backbone), "the packaged weights", features.backbone)
-    else:
-        path = weights.replace("{features}", features.name.removesuffix(RAW))
-        backbone = create_backbone(features.backbone, weights=path, **options)
+    if weights == "package" and find_spec("fastbgad.backbones.packaged") is None:
+        raise BackboneError(
+            "this fastbgad reads no weights from Python packages; give --weights FILE, or --weights random to try the "
+            "command out"
+        )
+    source = weights.replace("{features}", features.name.removesuffix(RAW))
+    backbone = create_backbone(features.backbone, weights=source, **options)
     origin = weights if weights in ("package", "random", "pretrained") else "file"
     used = features.standardize if known else "none"
     return backbone, {"backbone": features.backbone, "weights": origin, "standardize": used}
-
-
-def _packaged_state(name: str) -> dict:
-    try:
-        from fastbgad.backbones.packaged import packaged_state
-    except ImportError as error:
-        raise BackboneError(
-            "this fastbgad reads no weights from Python packages; give --weights FILE, or --weights random to try "
-            "the command out"
-        ) from error
-    return packaged_state(name)

@@ -111,6 +111,10 @@ def _check_size(label: str, recipe: Recipe, size: tuple[int, int]) -> None:
     height, width = size
     if recipe.square and height != width:
         raise ConfigError(f"the image size is {height} x {width}, but {label} takes square images only")
+    if min(size) < recipe.smallest:
+        raise ConfigError(
+            f"the image size is {height} x {width}, but {label} needs at least {recipe.smallest} pixels a side"
+        )
     if height % recipe.multiple or width % recipe.multiple:
         raise ConfigError(
             f"the image size is {height} x {width}, but {label} needs multiples of {recipe.multiple} pixels"
