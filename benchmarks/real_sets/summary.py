@@ -28,9 +28,11 @@ class Contender(NamedTuple):
         return f"{METHODS[self.method]} ({', '.join(about)})"
 
     @property
-    def order(self) -> tuple[bool, str, int, str, int]:
-        """Sorts contenders: fastbgad's methods and the Gaussian by features, then the peers."""
-        return self.method in PEERS, self.features, self.size, self.setting, list(METHODS).index(self.method)
+    def order(self) -> tuple[bool, str, int, bool, str, int]:
+        """Sorts contenders: fastbgad's methods by features and schedule, the Gaussian after them, then the peers."""
+        place = list(METHODS).index(self.method)
+        peer = self.method in PEERS
+        return peer, self.features, self.size, self.method == GAUSSIAN, "" if peer else self.setting, place
 
 
 class Spread(NamedTuple):
