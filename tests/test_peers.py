@@ -289,6 +289,23 @@ def test_draem_pastes_textures(data: Data, tmp_path: Path) -> None:
     assert run(data, cell("draem"), anomaly_source=tmp_path / "dtd").facts["anomaly_source"] == "dtd"
 
 
+def test_patchcore_selects_the_patches_that_anomalib_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The selection in memory that is used again has the same distances to the bit, hence the same patches."""
+    sampler = peer_engine.coreset_module.KCenterGreedy
+    features = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+
+    def selected() -> tuple[list[int], Tensor]:
+        reseed(3)
+        one = sampler(embedding=features, sampling_ratio=0.2)
+        return one.select_coreset_idxs(), one.min_distances
+
+    places, distances = selected()
+    monkeypatch.setattr(sampler, "update_distances", peer_engine._update_distances)
+    again, same = selected()
+    assert again == places
+    assert torch.equal(same, distances)
+
+
 # ---------------------------------------------------------------- CFLOW-AD
 
 
