@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--categories", nargs="+", metavar="NAME", help="some of the categories instead of all")
     what.add_argument("--methods", nargs="+", metavar="NAME", help=f"some of {', '.join(METHODS)}")
     what.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of split and training (0 1 2)"
+        "--seeds", nargs="+", type=int, metavar="N", help="of split and training (0 1 2; with --convergence 0)"
     )
     what.add_argument(
         "--features", nargs="+", default=list(FEATURES), metavar="NAME",

@@ -94,7 +94,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Gaussian" not in decisions
     assert "## Convergence" not in text
     assert all(f"- {reason}" in text for reason in LEFT_OUT.values())
-    assert "Measured on Some CPU, 1 threads, 2026-02-03 to 2026-02-03, commit 0123abc." in text
+    assert "Measured on Some CPU, 1 thread, 2026-02-03 to 2026-02-03, commit 0123abc." in text
     assert "are not committed" in text
     ElementTree.parse(tmp_path / "home" / "plots" / "real-accuracy.svg")
     # The README's table: BGAD, NFAD, the Gaussian, then the best two peers that have every category.

@@ -46,15 +46,16 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def _planned(options: argparse.Namespace, names: Sequence[str]) -> list[Run]:
-    if min(options.seeds) < 0 or min(options.image_size) < 1 or options.peer_epochs < 1 or options.passes < 1:
+    seeds = options.seeds or ([0] if options.convergence else [0, 1, 2])
+    if min(seeds) < 0 or min(options.image_size) < 1 or options.peer_epochs < 1 or options.passes < 1:
         raise ConfigError("seeds are at least 0; image sizes, --peer-epochs and --passes at least 1")
     if options.convergence:
-        runs = plan_convergence(names, options.features, options.image_size, options.seeds)
+        runs = plan_convergence(names, options.features, options.image_size, seeds)
     else:
         methods = checked("method", options.methods or list(METHODS), [*METHODS, *LEFT_OUT])
         runs = plan(
             names, options.features, options.image_size, options.schedule,
-            [method for method in methods if method not in LEFT_OUT], options.seeds, options.peer_epochs,
+            [method for method in methods if method not in LEFT_OUT], seeds, options.peer_epochs,
         )  # fmt: skip
     return [run for run in runs if options.only in str(run.path)]
 

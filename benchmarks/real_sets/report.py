@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from fastbgad.console import count
 from fastbgad.files import write_text
 
 from .charts import Curve, Dot, accuracy_plot, convergence_plot
@@ -202,7 +203,7 @@ def _origin(results: Sequence[Result], names: Sequence[str]) -> Iterator[str]:
     facts = [result.facts for result in results]
     versions = sorted({f"{name} {v}" for each in facts for name, v in (each.get("versions") or {}).items()})
     anomalib = sorted({f"anomalib {each['anomalib']}" for each in facts if "anomalib" in each})
-    processors = sorted({f"{each.get('processor')}, {each.get('threads')} threads" for each in facts})
+    processors = sorted({f"{each.get('processor')}, {count(int(each.get('threads', 0)), 'thread')}" for each in facts})
     dates = sorted({str(each.get("date")) for each in facts})
     commits = sorted({str(each.get("commit")) for each in facts})
     settings = sorted({result.run.setting for result in results if result.run.method in TRAINED_PEERS})
