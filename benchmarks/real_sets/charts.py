@@ -42,6 +42,7 @@ class Curve(NamedTuple):
 def accuracy_plot(dots: Sequence[Dot]) -> str:
     """Return an SVG with image AUROC against seconds of training and scoring, both means over categories."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     with _style("accuracy"):
         figure = Figure(figsize=(7.3, 3.8), facecolor="white", layout="constrained")
@@ -52,6 +53,8 @@ def accuracy_plot(dots: Sequence[Dot]) -> str:
                 dot.seconds, dot.image_auroc, marker=marker, color=_COLORS[dot.method], label=dot.label, ls="none"
             )
         axes.set_xscale("log")
+        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            set_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
         axes.set_xlabel("seconds of training and scoring, mean over categories")
         axes.set_ylabel("image AUROC, mean over categories")
         axes.grid(color="#e4e4e4", linewidth=0.7)
