@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
@@ -30,8 +31,9 @@ with warnings.catch_warnings():
     from anomalib.models import Cflow
 
 import fastbgad
+from fastbgad.backbones.weights import load_weights
 from fastbgad.data import Category, Split, load_sample
-from fastbgad.errors import BackboneError, BackendError, ConfigError, DataError, FeatureError
+from fastbgad.errors import BackboneError, BackendError, CheckpointError, ConfigError, DataError, FeatureError
 from fastbgad.experiments import cflow_ad, peer_engine
 from fastbgad.experiments.cells import PEERS, Cell
 from fastbgad.experiments.peer_data import SplitData
@@ -75,6 +77,11 @@ def cell(method: str, seed: int = 0, **options: int | str) -> Cell:
     return Cell("mvtec", "widget", method, seed=seed, overrides=tuple(sorted(overrides.items())))
 
 
+def setup_of(method: str) -> Setup:
+    """Images of 64 x 64 pixels, too few for SuperSimpleNet's noise alone."""
+    return replace(SETUP, image_size=(96, 96)) if method == "supersimplenet" else SETUP
+
+
 def run(data: Data, of: Cell, setup: Setup = SETUP, split: Split | None = None, **options: Any) -> PeerScores:
     return run_peer(of, data.category, split or data.split, setup, CPU, workers=0, **options)
 
@@ -99,14 +106,15 @@ def test_scores_in_the_order_of_the_test_images(
     monkeypatch.chdir(tmp_path)
     reseed(4)  # which does not matter
     environment, states, handlers = dict(os.environ), random_states(), [signal.getsignal(n) for n in (2, 15)]
-    scores = run(data, cell(method))
+    setup = setup_of(method)
+    scores = run(data, cell(method), setup)
     assert random_states() == states
     reseed(5)
-    turned = run(data, cell(method), split=replace(data.split, test=data.split.test[::-1]))
-    other = run(data, cell(method, seed=1))
+    turned = run(data, cell(method), setup, split=replace(data.split, test=data.split.test[::-1]))
+    other = run(data, cell(method, seed=1), setup)
 
     count = len(data.split.test)
-    assert scores.maps.shape == (count, *SIZE)
+    assert scores.maps.shape == (count, *setup.image_size)
     assert scores.image_scores.shape == (count,)
     assert scores.maps.dtype == scores.image_scores.dtype == torch.float32
     torch.testing.assert_close(turned.maps.flip(0), scores.maps, rtol=1e-4, atol=1e-4)
@@ -123,7 +131,7 @@ def test_scores_in_the_order_of_the_test_images(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("method", [method for method in PEERS if method != "draem"])
+@pytest.mark.parametrize("method", [method for method in PEERS if method not in ("draem", "supersimplenet")])
 def test_an_anomaly_is_found_where_it_is(data: Data, method: str) -> None:
     maps, image_scores, _ = run(data, cell(method))
     masks = torch.stack([load_sample(sample, SIZE).mask for sample in data.split.test])
@@ -169,9 +177,69 @@ def test_training_reads_the_training_images_alone(data: Data, method: str, monke
     assert read == ["fit", *normals, "predict", *test]  # each once, the known anomalies never
 
 
+def test_a_supervised_peer_sees_known_anomalies_with_their_masks(data: Data) -> None:
+    """Six normals and two known anomalies: an epoch has each normal once and each anomaly three times."""
+    batches = list(SplitData(data.split, SIZE, 5, statistics=None, supervised=True).train_dataloader())
+    images, labels, masks = (
+        torch.cat([getattr(batch, part) for batch in batches]) for part in ("image", "gt_label", "gt_mask")
+    )
+    samples = [*data.split.normals, *data.split.known_anomalies]
+    loaded = [load_sample(sample, SIZE) for sample in samples]
+    places = [[torch.equal(image, one.image / 255) for one in loaded].index(True) for image in images]
+    assert sorted(places) == [0, 1, 2, 3, 4, 5, 6, 6, 6, 7, 7, 7]
+    assert labels.tolist() == [bool(samples[place].label) for place in places]
+    assert all(torch.equal(mask, loaded[place].mask) for mask, place in zip(masks, places, strict=True))
+    assert not masks[~labels].any()
+    assert masks[labels].any(dim=(1, 2)).all()
+
+
+def test_a_supervised_peer_needs_known_anomalies(data: Data) -> None:
+    with pytest.raises(DataError, match=r"SuperSimpleNet learns from anomalies, but none of .* is known"):
+        run(data, cell("supersimplenet"), setup_of("supersimplenet"), replace(data.split, known_anomalies=()))
+    assert Cell("mvtec", "widget", "supersimplenet").learns_from_anomalies
+
+
+@pytest.mark.parametrize("method", ["padim", "patchcore", "cfa", "supersimplenet"])
+def test_given_weights_on_any_timm_backbone(data: Data, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extractor gives the features of the network whose weights were given, of images normalized as it wants."""
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    levels = RECIPES[method].levels
+    reference = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=levels).eval()
+    load_weights(reference, network.state_dict(), "test", "lite0")
+    built: list[Any] = []
+    predict = peer_engine.Engine.predict
+
+    def note(self: Any, model: Any, **options: Any) -> Any:
+        built.append((model, options["datamodule"]))
+        return predict(self, model, **options)
+
+    monkeypatch.setattr(peer_engine.Engine, "predict", note)
+    of = cell(method, backbone="tf_efficientnet_lite0", epochs=1)
+    setup = setup_of(method)
+    scores = run(data, of, setup, state=network.state_dict())
+    assert scores.facts["weights"] == "given"
+    (model, datamodule) = built[0]
+    assert len(datamodule.train_dataloader().dataset) == (12 if method == "supersimplenet" else 6)
+    kind = peer_engine._NamedLevels if method == "cfa" else peer_engine.TimmFeatureExtractor
+    extractor = next(module for module in model.modules() if isinstance(module, kind))
+    batch = next(iter(datamodule.predict_dataloader())).image
+    expected = load_sample(data.split.test[0], setup.image_size).image.float() / 127.5 - 1  # mean and deviation 0.5
+    torch.testing.assert_close(batch[0], expected)
+    with torch.no_grad():
+        found, wanted = list(extractor(batch).values()), reference(batch)
+    assert len(found) == len(levels)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_given_weights_of_another_network(data: Data) -> None:
+    with pytest.raises(CheckpointError, match=r"given as weights of PaDiM lacks .* tensors of resnet18"):
+        run(data, cell("padim"), state={"conv1.weight": torch.zeros(3)})
+
+
 @pytest.mark.parametrize(("whole", "sizes"), [(True, [4]), (False, [4, 2])])
 def test_training_batches(data: Data, whole: bool, sizes: list[int]) -> None:
-    batches = SplitData(data.split, SIZE, 4, normalise=False, whole_batches=whole)
+    batches = SplitData(data.split, SIZE, 4, statistics=None, whole_batches=whole)
     expected = [load_sample(sample, SIZE).image / 255 for sample in data.split.normals]
     orders = []
     for seed in range(3):
@@ -184,7 +252,7 @@ def test_training_batches(data: Data, whole: bool, sizes: list[int]) -> None:
     assert len(set(orders)) == 3
     assert [len(batch.image) for batch in batches.predict_dataloader()] == [4, 2]
     assert len(batches.predict_dataloader()) == 2
-    few = SplitData(data.split, SIZE, 7, normalise=False, whole_batches=whole)
+    few = SplitData(data.split, SIZE, 7, statistics=None, whole_batches=whole)
     assert [len(batch.image) for batch in few.train_dataloader()] == [6]
 
 
@@ -219,6 +287,23 @@ def test_draem_pastes_textures(data: Data, tmp_path: Path) -> None:
         run(data, cell("draem"), anomaly_source=tmp_path / "dtd")
     save(tmp_path / "dtd" / "spots" / "one.png", normal_image(np.random.default_rng(0)))
     assert run(data, cell("draem"), anomaly_source=tmp_path / "dtd").facts["anomaly_source"] == "dtd"
+
+
+def test_patchcore_selects_the_patches_that_anomalib_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The selection in memory that is used again has the same distances to the bit, hence the same patches."""
+    sampler = peer_engine.coreset_module.KCenterGreedy
+    features = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+
+    def selected() -> tuple[list[int], Tensor]:
+        reseed(3)
+        one = sampler(embedding=features, sampling_ratio=0.2)
+        return one.select_coreset_idxs(), one.min_distances
+
+    places, distances = selected()
+    monkeypatch.setattr(sampler, "update_distances", peer_engine._update_distances)
+    again, same = selected()
+    assert again == places
+    assert torch.equal(same, distances)
 
 
 # ---------------------------------------------------------------- CFLOW-AD
@@ -383,6 +468,8 @@ def test_options_and_sizes_that_do_not_suit(data: Data) -> None:
             run(data, of)
     with pytest.raises(ConfigError, match="64 x 96, but CFA takes square images"):
         run(data, cell("cfa"), replace(SETUP, image_size=(64, 96)))
+    with pytest.raises(ConfigError, match="64 x 64, but SuperSimpleNet needs at least 65 pixels"):
+        run(data, cell("supersimplenet"))
     with pytest.raises(ConfigError, match="64 x 72, but DRAEM needs multiples of 32"):
         run(data, cell("draem"), replace(SETUP, image_size=(64, 72)))
     with pytest.raises(DataError, match="no image to train PaDiM on"):

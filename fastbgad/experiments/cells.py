@@ -20,6 +20,7 @@ PEERS: dict[str, str] = {
     "patchcore": "PatchCore",
     "cfa": "CFA",
     "draem": "DRAEM",
+    "supersimplenet": "SuperSimpleNet",
 }
 """Methods of other authors that can be run here, and how the tables write them."""
 
@@ -75,7 +76,7 @@ class Cell:
     @property
     def learns_from_anomalies(self) -> bool:
         """Whether the known anomalies are trained on."""
-        return self.method in ("bgad", "bgad_dagger")
+        return self.method in ("bgad", "bgad_dagger", "supersimplenet")
 
     @property
     def key(self) -> str:

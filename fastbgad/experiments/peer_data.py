@@ -1,4 +1,4 @@
-"""A split as anomalib's Engine takes it: the images alone, without labels, masks or known anomalies.
+"""A split as anomalib's Engine takes it: images without labels and masks, except for known anomalies in training.
 
 Images are decoded and resized as for fastbgad's own methods, and normalised here. anomalib would normalise them later,
 but its CFA computes the centres of its hyperspheres from what the dataloader gives.
@@ -7,10 +7,11 @@ but its CFA computes the centres of its hyperspheres from what the dataloader gi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ..data import Sample, Split, stream_batches
 from ..errors import MissingDependencyError
@@ -22,9 +23,10 @@ except ModuleNotFoundError as error:
     package = (error.name or "anomalib").partition(".")[0]
     raise MissingDependencyError(package, "peers", "a method of another author") from error
 
-# ImageNet's, as all of anomalib's models have them.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
+Statistics: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of red, green and blue that a backbone expects images to be normalized with."""
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""As anomalib normalizes for every model."""
 
 
 class SplitData(LightningDataModule):
@@ -32,9 +34,11 @@ class SplitData(LightningDataModule):
 
     Args:
         split: its normals are trained on, its test images are predicted, in their order.
+        supervised: also train on the split's known anomalies. Batches then have labels and masks, and an epoch draws
+            known anomalies as often as it has normals, each equally often up to one time.
         size: height and width in pixels.
         batch_size: images in a batch.
-        normalise: subtract ImageNet's mean and divide by its deviation, instead of images in [0, 1].
+        statistics: mean and deviation that images are normalized with; None: images in [0, 1].
         whole_batches: leave an incomplete last batch of an epoch out, where there is a complete one.
         workers: threads that decode images.
     """
@@ -48,24 +52,32 @@ class SplitData(LightningDataModule):
         size: tuple[int, int],
         batch_size: int,
         *,
-        normalise: bool,
+        statistics: Statistics | None,
+        supervised: bool = False,
         whole_batches: bool = False,
         workers: int = 0,
     ) -> None:
         super().__init__()
         self._normals, self._test = _images_alone(split.normals), _images_alone(split.test)
+        self._known = list(split.known_anomalies) if supervised else []
         self._size, self._batch_size, self._workers = size, batch_size, workers
-        self._normalise, self._whole_batches = normalise, whole_batches
-        self._kept: Tensor | None = None
+        self._statistics, self._whole_batches = statistics, whole_batches
+        self._kept: TensorDataset | None = None
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches in random order, another one in every epoch. Images are decoded once and kept as bytes."""
         if self._kept is None:
-            batches = stream_batches(self._normals, self._size, self._batch_size, self._workers)
-            self._kept = torch.cat([batch.images for batch in batches])
-        drop = self._whole_batches and len(self._kept) >= self._batch_size
+            samples = [*self._normals, *self._known]
+            batches = list(stream_batches(samples, self._size, self._batch_size, self._workers))
+            tensors = [torch.cat([batch.images for batch in batches])]
+            if self._known:
+                tensors += [torch.tensor([s.label for s in samples]), torch.cat([batch.masks for batch in batches])]
+            self._kept = TensorDataset(*tensors)
+        normals, known = len(self._normals), len(self._known)
+        drawn = [*range(normals), *(normals + draw % known for draw in range(normals if known else 0))]
+        drop = self._whole_batches and len(drawn) >= self._batch_size
         return DataLoader(
-            TensorDataset(self._kept), self._batch_size, shuffle=True, drop_last=drop, collate_fn=self._collate
+            Subset(self._kept, drawn), self._batch_size, shuffle=True, drop_last=drop, collate_fn=self._collate
         )
 
     def predict_dataloader(self) -> PredictBatches:
@@ -73,14 +85,15 @@ class SplitData(LightningDataModule):
         return PredictBatches(self)
 
     def _collate(self, items: Sequence[tuple[Tensor, ...]]) -> ImageBatch:
-        return self._batch(torch.stack([image for (image,) in items]))
+        return self._batch(*(torch.stack(column) for column in zip(*items, strict=True)))
 
-    def _batch(self, pixels: Tensor) -> ImageBatch:
-        """Pixels uint8 [B, 3, H, W] as anomalib's batch."""
+    def _batch(self, pixels: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> ImageBatch:
+        """Return pixels uint8 [B, 3, H, W], with labels [B] and masks [B, H, W] if given, as anomalib's batch."""
         images = pixels.float() / 255
-        if self._normalise:
-            images = (images - images.new_tensor(_MEAN).view(3, 1, 1)) / images.new_tensor(_STD).view(3, 1, 1)
-        return ImageBatch(image=images)
+        if self._statistics is not None:
+            mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self._statistics)
+            images = (images - mean) / std
+        return ImageBatch(image=images, gt_label=labels, gt_mask=masks)
 
 
 class PredictBatches:

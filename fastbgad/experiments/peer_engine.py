@@ -8,23 +8,26 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from ..backbones.weights import hub_overlay
+from ..backbones.timm_features import blank_extractor
+from ..backbones.weights import hub_overlay, load_weights
 from ..data import Split
 from ..errors import BackboneError, DataError, MissingDependencyError
 from . import cflow_ad
 from .cells import PEERS
-from .peer_data import SplitData
+from .peer_data import IMAGENET, SplitData, Statistics
 from .peer_recipes import Recipe
 
 try:
@@ -32,8 +35,11 @@ try:
         warnings.simplefilter("ignore")  # of packages that anomalib imports
         import anomalib.models.components.sampling.k_center_greedy as coreset_module
         import anomalib.models.image.cfa.torch_model as cfa_module
+        import anomalib.models.image.padim.torch_model as padim_module
+        import anomalib.models.image.supersimplenet.torch_model as supersimplenet_module
         from anomalib.engine import Engine
-        from anomalib.models import Cfa, Cflow, Draem, Padim, Patchcore
+        from anomalib.models import Cfa, Cflow, Draem, Padim, Patchcore, Supersimplenet
+        from anomalib.models.components import TimmFeatureExtractor
         from lightning.pytorch import Callback
         from lightning.pytorch.plugins.environments import LightningEnvironment
         from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -41,6 +47,8 @@ except ModuleNotFoundError as error:
     package = (error.name or "anomalib").partition(".")[0]
     raise MissingDependencyError(package, "peers", "a method of another author") from error
 
+# Features that PaDiM keeps of a network that its authors do not name: as of ResNet-18, the smallest that they do.
+_PADIM_FEATURES = 100
 _HUB_TIMEOUT = 10.0  # seconds until the hub counts as unreachable
 # Lightning exists under several names, and what it says may come from any of them.
 _LOGGERS = ("anomalib", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
@@ -58,6 +66,7 @@ class Job(NamedTuple):
     device: torch.device
     workers: int
     anomaly_source: Path | None
+    state: Mapping[str, Tensor] | None = None
 
 
 def train_and_score(job: Job, split: Split) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -71,7 +80,8 @@ def train_and_score(job: Job, split: Split) -> tuple[Tensor, Tensor, dict[str, A
         split,
         job.size,
         batch_size,
-        normalise=recipe.backbone is not None,
+        statistics=_statistics(job),
+        supervised=job.method == "supersimplenet",
         whole_batches=job.method == "cflow_ad",
         workers=job.workers,
     )
@@ -110,6 +120,10 @@ def train_and_score(job: Job, split: Split) -> tuple[Tensor, Tensor, dict[str, A
         "training_seconds": round(trained - start, 3),
         "scoring_seconds": round(time.perf_counter() - trained, 3),
     }
+    if recipe.levels:
+        facts["levels"] = list(recipe.levels)
+    if job.method == "supersimplenet":
+        facts["known_anomalies"] = len(split.known_anomalies)
     if job.method == "draem":
         facts["anomaly_source"] = "noise" if job.anomaly_source is None else job.anomaly_source.name
     return maps, image_scores, facts
@@ -141,18 +155,55 @@ def _build(job: Job, folder: Path) -> Any:
     backbone = job.recipe.backbone
     assert backbone is not None
     if job.method == "cfa":
-        return _cfa(backbone, job.pretrained)
+        return _cfa(backbone, job.pretrained) if job.state is None else _cfa_on_timm(job, backbone, job.state)
     label = PEERS[job.method]
     if job.pretrained:
         try:
             hub_overlay(backbone)  # asks the hub once, where timm would try for minutes
         except BackboneError as error:
             raise _no_weights(label, backbone, error) from error
-    models = {"padim": Padim, "patchcore": Patchcore, "cflow_ad": Cflow}
     try:
-        return models[job.method](backbone=backbone, pre_trained=job.pretrained, **_BARE)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        model = _on_timm(job, backbone)
+    except (BackboneError, RuntimeError, ValueError, KeyError, OSError) as error:
         raise _no_backbone(label, backbone, error) from error
+    if job.state is not None:
+        extractor = next(module for module in model.modules() if isinstance(module, TimmFeatureExtractor))
+        load_weights(extractor.feature_extractor, job.state, f"what was given as weights of {label}", backbone)
+    return model
+
+
+def _on_timm(job: Job, backbone: str) -> Any:
+    """Build a method that takes its features from timm; its weights are random unless the hub's are asked for."""
+    options: dict[str, Any] = {"backbone": backbone, **_BARE}
+    if job.method == "cflow_ad":
+        return Cflow(pre_trained=job.pretrained, **options)
+    # By number: a layer's name differs between families of networks.
+    options["layers"] = list(job.recipe.levels)
+    if job.method == "supersimplenet":
+        # It has no such option of its own.
+        extractor = partial(TimmFeatureExtractor, pre_trained=job.pretrained)
+        with _replaced(supersimplenet_module, "TimmFeatureExtractor", extractor):
+            return Supersimplenet(supervised=True, **options)
+    if job.method == "patchcore":
+        return Patchcore(pre_trained=job.pretrained, **options)
+    known = padim_module._N_FEATURES_DEFAULTS.get(backbone)
+    features = known or min(_PADIM_FEATURES, sum(_channels(backbone, job.recipe.levels)))
+    return Padim(pre_trained=job.pretrained, n_features=features, **options)
+
+
+def _channels(backbone: str, levels: Sequence[int]) -> list[int]:
+    return [int(channels) for channels in blank_extractor(backbone).feature_info.channels(list(levels))]
+
+
+def _statistics(job: Job) -> Statistics | None:
+    """Return what images are normalized with; None for a method without a backbone."""
+    if job.recipe.backbone is None:
+        return None
+    torchvisions = job.method == "cfa" and job.state is None
+    source = None if torchvisions else timm.get_pretrained_cfg(job.recipe.backbone, allow_unregistered=True)
+    if source is None:
+        return IMAGENET
+    return tuple(map(float, source.mean)), tuple(map(float, source.std))
 
 
 def _draem(source: Path | None, folder: Path) -> Any:
@@ -182,6 +233,39 @@ def _cfa(backbone: str, pretrained: bool) -> Any:
         raise _no_weights("CFA", backbone, error) from error
     except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
         raise _no_backbone("CFA", backbone, error) from error
+
+
+class _NamedLevels(nn.Module):
+    """A timm extractor whose levels are called as CFA calls those of a residual network."""
+
+    def __init__(self, extractor: Any) -> None:
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the levels, finest first."""
+        return {f"layer{number}": level for number, level in enumerate(self.extractor(images), start=1)}
+
+
+def _cfa_on_timm(job: Job, backbone: str, state: Mapping[str, Tensor]) -> Any:
+    """Build CFA on a network of timm, which anomalib does not offer.
+
+    It is built as for ResNet-18; then its extractor is the given one and its descriptor has that one's channels.
+    """
+    try:
+        extractor: Any = timm.create_model(
+            backbone, pretrained=False, features_only=True, out_indices=job.recipe.levels
+        )
+        channels = sum(extractor.feature_info.channels())
+        named = _NamedLevels(extractor).eval()
+        with _replaced(cfa_module, "get_feature_extractor", lambda *_: named):
+            model = Cfa("resnet18", **_BARE)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise _no_backbone("CFA", backbone, error) from error
+    load_weights(extractor, state, "what was given as weights of CFA", backbone)
+    descriptor = model.model.descriptor
+    descriptor.layer = cfa_module.CoordConv2d(channels, channels // model.model.gamma_d, kernel_size=1)
+    return model
 
 
 def _untrained_extractor(backbone: str, return_nodes: list[str]) -> Any:
@@ -222,6 +306,7 @@ def _held_back() -> Iterator[None]:
         warnings.simplefilter("ignore")
         for module in (cfa_module, coreset_module):
             stack.enter_context(_replaced(module, "tqdm", _no_bar))
+        stack.enter_context(_replaced(coreset_module.KCenterGreedy, "update_distances", _update_distances))
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
@@ -229,6 +314,24 @@ def _held_back() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _update_distances(self: Any, cluster_center: Tensor | None) -> None:
+    """Do what `KCenterGreedy.update_distances` does, with the same numbers, in memory that is used again.
+
+    anomalib allocates the differences to all features anew for each of thousands of centers, while a small tensor of
+    each center stays. glibc then may put every new block behind the last small one instead of where the one before it
+    was: on 31 images of 256 pixels the process grew beyond 22 GB.
+    """
+    if cluster_center is None:
+        return
+    features = self.features
+    kept = getattr(self, "_differences", None)
+    if kept is None or kept.shape != features.shape:
+        kept = self._differences = torch.empty_like(features)
+    torch.sub(features, features[cluster_center].squeeze(), out=kept)
+    distances = torch.linalg.norm(kept, ord=2, dim=1, keepdim=True)
+    self.min_distances = distances if self.min_distances is None else torch.minimum(self.min_distances, distances)
 
 
 def _no_bar(items: Any, *_: Any, **__: Any) -> Any:

@@ -27,18 +27,26 @@ class Recipe:
     """Whether images must be as high as wide."""
     multiple: int = 1
     """What both sides of an image must be a multiple of."""
+    smallest: int = 1
+    """Least height and width of an image, in pixels."""
+    levels: tuple[int, ...] = ()
+    """Feature levels in timm's numbering, the authors' choice: 1, 2, 3 are layer1, layer2, layer3 of a residual
+    network, with the strides 4, 8, 16. CFLOW-AD and a CFA on torchvision's networks have levels of their own."""
 
 
 RECIPES: dict[str, Recipe] = {
     # PaDiM and PatchCore train nothing: one pass collects features.
-    "padim": Recipe("resnet18", epochs=1, batch_size=32),
-    "patchcore": Recipe("wide_resnet50_2", epochs=1, batch_size=32),
+    "padim": Recipe("resnet18", epochs=1, batch_size=32, levels=(1, 2, 3)),
+    "patchcore": Recipe("wide_resnet50_2", epochs=1, batch_size=32, levels=(2, 3)),
     # Epochs and batches of the authors' code. anomalib's CFA resizes its levels to a square.
-    "cfa": Recipe("wide_resnet50_2", epochs=30, batch_size=4, square=True),
+    "cfa": Recipe("wide_resnet50_2", epochs=30, batch_size=4, square=True, levels=(1, 2, 3)),
     # Epochs and batches of the authors' code. Five times halved and doubled again.
     "draem": Recipe(None, epochs=700, batch_size=8, multiple=32),
     # The authors' batches and, of anomalib, epochs and learning rate; see `cflow_ad`.
     "cflow_ad": Recipe("wide_resnet50_2", epochs=50, batch_size=32),
+    # Epochs and batches of the authors' code. Supervised: see `SplitData` for how often it sees known anomalies. Its
+    # noise has up to 32 periods, on a grid of a quarter of the image's sides rounded up to a power of two.
+    "supersimplenet": Recipe("wide_resnet50_2.tv_in1k", epochs=300, batch_size=32, smallest=65, levels=(2, 3)),
 }
 """The recipe of every method in `PEERS`."""
 

@@ -3,15 +3,16 @@
     scores = run_peer(cell, category, split, setup, device)
     evaluate(scores.maps, masks, scores.image_scores, labels)
 
-A peer learns from the split's normal images alone and is shown the test images without labels and masks. Its maps are
-the raw ones of its model: no normalisation, no threshold, no validation. Of the other methods in the paper's tables
+A peer learns from the split's normal images alone, SuperSimpleNet also from the known anomalies with their masks. All
+are shown the test images without labels and masks. Maps are the raw ones of the model: no normalisation, no threshold,
+no validation. Of the other methods in the paper's tables
 (MSFD, FCDD, DevNet, DRA, AE-MSE, AE-SSIM, VT-ADL, FLOS, SAOE, MLEP) anomalib 2.7 has none.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +46,9 @@ def run_peer(
     *,
     workers: int = 2,
     anomaly_source: Path | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> PeerScores:
-    """Trains a method of another author on the split's normal images and scores its test images.
+    """Trains a method of another author on the split and scores its test images.
 
     Networks start with the weights that anomalib gives them by default, from the hub, since those of `setup` (a file or
     a package) belong to another network; with `setup.weights` "random" they are untrained. `cell.seed` seeds weights,
@@ -56,17 +58,21 @@ def run_peer(
     Args:
         cell: method, seed and, as overrides, what differs from the method's recipe.
         category: for messages.
-        split: what to train and test on; its known anomalies are not used.
+        split: what to train and test on; of the peers only SuperSimpleNet uses its known anomalies.
         setup: image size, and whether the weights are random. The rest concerns fastbgad's own methods.
         device: where to run.
         workers: threads that decode images.
         anomaly_source: a folder of textures that DRAEM pastes as anomalies, such as the Describable Textures Dataset
             of its authors; None: it pastes noise. Other methods take no notice.
+        state: weights of the method's backbone in place of those that `setup.weights` says, under the names of timm's
+            whole model. CFA then takes any timm backbone, not only those that anomalib offers it. Images are
+            normalized with that backbone's own mean and deviation.
 
     Raises:
         MissingDependencyError: anomalib is not installed.
         ConfigError: see `recipe_of`; an image size that the method cannot take.
         BackboneError: the pretrained weights cannot be had.
+        CheckpointError: `state` does not fit the backbone.
         DataError: an image that cannot be read, no image to train or test on, or no texture in `anomaly_source`.
         BackendError: too little memory, or anomalib failed in another way.
         FeatureError: scores that are not finite.
@@ -77,13 +83,16 @@ def run_peer(
     for part, samples in (("train", split.normals), ("test", split.test)):
         if not samples:
             raise DataError(f"{category.root} has no image to {part} {label} on")
+    if cell.learns_from_anomalies and not split.known_anomalies:
+        raise DataError(f"{label} learns from anomalies, but none of {category.root} is known: raise num_anomalies")
     device = _indexed(device)
     with _seeded(cell.seed, device):  # the import draws random numbers too
         # anomalib takes seconds to import, and an extra to install
         from .peer_engine import Job, train_and_score
 
     random_weights = setup.weights == "random"
-    job = Job(cell.method, recipe, not random_weights, height_width, device, workers, anomaly_source)
+    pretrained = state is None and not random_weights
+    job = Job(cell.method, recipe, pretrained, height_width, device, workers, anomaly_source, state)
     with _seeded(cell.seed, device), _clear_errors(f"{label} on {category.name}", recipe, height_width):
         maps, image_scores, facts = train_and_score(job, split)
     if maps.shape[-2:] != height_width:
@@ -93,7 +102,8 @@ def run_peer(
             f"{label} gave scores that are NaN or Inf on {category.name} with {len(split.normals)} training images; "
             "give it more images, pretrained weights or fewer epochs"
         )
-    weights = "none" if recipe.backbone is None else "random" if random_weights else "pretrained"
+    weights = "pretrained" if pretrained else "random" if state is None else "given"
+    weights = "none" if recipe.backbone is None else weights
     return PeerScores(maps, image_scores, {**facts, "weights": weights})
 
 
@@ -101,6 +111,10 @@ def _check_size(label: str, recipe: Recipe, size: tuple[int, int]) -> None:
     height, width = size
     if recipe.square and height != width:
         raise ConfigError(f"the image size is {height} x {width}, but {label} takes square images only")
+    if min(size) < recipe.smallest:
+        raise ConfigError(
+            f"the image size is {height} x {width}, but {label} needs at least {recipe.smallest} pixels a side"
+        )
     if height % recipe.multiple or width % recipe.multiple:
         raise ConfigError(
             f"the image size is {height} x {width}, but {label} needs multiples of {recipe.multiple} pixels"

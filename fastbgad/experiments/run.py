@@ -191,7 +191,8 @@ class CellRunner:
         """One training, scored once on all test images of the cells."""
         started = time.perf_counter()
         images = list(dict.fromkeys(sample for split in splits for sample in split.test))
-        whole = Split(splits[0].normals, (), tuple(images))
+        known = splits[0].known_anomalies if cells[0].learns_from_anomalies else ()
+        whole = Split(splits[0].normals, known, tuple(images))
         scores = run_peer(cells[0], self.category, whole, self.setup, self.device, workers=self.workers)
         decoded = DecodedImages(self.setup.image_size) if self._features is None else self._features.decoded
         tests = [self._test(split, images, decoded) for split in splits]
