@@ -184,35 +184,3 @@ def test_the_plan() -> None:
         "a/lite0-64-convergence/bgad-seed2.json"
     ]
     assert Run("a", "lite0", 64, "7-epochs", "cfa", 1).title == "a: CFA (lite0, 64 px, 7 epochs), seed 1"
-
-
-def test_names_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert features_named("lite2") == ("lite2", "tf_efficientnet_lite2", "channel")
-    assert features_named("lite2-raw") == ("lite2-raw", "tf_efficientnet_lite2", "none")
-    assert features_named("gabor") == ("gabor", "gabor", "none")
-    assert features_named("resnet18").backbone == "resnet18"
-    monkeypatch.setattr("real_sets.backbones.find_spec", lambda name: None)
-    with pytest.raises(BackboneError, match="give --weights FILE"):
-        build(features_named("lite0"), "package")
-
-
-@pytest.mark.parametrize("option", [True, False])
-def test_standardization_is_asked_for_where_it_is_known(option: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def with_option(name: str, weights: str, standardize: str = "channel") -> None:
-        asked.append((name, weights, standardize))
-
-    def without(name: str, weights: str) -> None:
-        asked.append((name, weights))
-
-    monkeypatch.setattr("real_sets.backbones.create_backbone", with_option if option else without)
-    _, about = build(features_named("lite0"), "DIR/{features}.safetensors")
-    _, raw = build(features_named("lite0-raw"), "random")
-    name = "tf_efficientnet_lite0"
-    if option:
-        assert asked == [(name, "DIR/lite0.safetensors", "channel"), (name, "random", "none")]
-    else:
-        assert asked == [(name, "DIR/lite0.safetensors"), (name, "random")]
-    assert (about["standardize"], about["weights"]) == ("channel" if option else "none", "file")
-    assert (raw["standardize"], raw["weights"]) == ("none", "random")

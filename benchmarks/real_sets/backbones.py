@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
-from importlib.util import find_spec
 from typing import NamedTuple
 
-from fastbgad.backbones import Backbone, create_backbone
-from fastbgad.errors import BackboneError
+from fastbgad.backbones import Backbone, Standardize, create_backbone
 
 SHORT_NAMES = {f"lite{number}": f"tf_efficientnet_lite{number}" for number in range(5)}
-RAW = "-raw"
+ENDINGS: dict[str, Standardize] = {"-raw": "none", "-channel": "channel"}
 
 
 class Features(NamedTuple):
     """Features by the name that the command line and the results give them."""
 
     name: str  # such as gabor, lite0, lite0-raw
+    short: str  # without the ending
     backbone: str  # gabor or timm's name
-    standardize: str  # "channel" or "none"
+    standardize: Standardize
 
 
 def features_named(name: str) -> Features:
-    """Return what a name means: gabor, a short name or one of timm's; with `-raw` channels are left as they are."""
-    base = name.removesuffix(RAW)
-    return Features(name, SHORT_NAMES.get(base, base), "none" if name.endswith(RAW) or base == "gabor" else "channel")
+    """Return what a name means: gabor, a short name or one of timm's; an ending says how features are standardized."""
+    for ending, kind in ENDINGS.items():
+        if name.endswith(ending):
+            short = name.removesuffix(ending)
+            return Features(name, short, SHORT_NAMES.get(short, short), kind)
+    return Features(name, name, SHORT_NAMES.get(name, name), "whiten")
 
 
 def build(features: Features, weights: str) -> tuple[Backbone, dict[str, str]]:
@@ -40,16 +41,7 @@ def build(features: Features, weights: str) -> tuple[Backbone, dict[str, str]]:
     """
     if features.backbone == "gabor":
         return create_backbone("gabor"), {"backbone": "gabor", "weights": "none", "standardize": "by the filter bank"}
-    # The one place where standardization is asked for; a fastbgad without it gives raw features, as the record says.
-    known = "standardize" in inspect.signature(create_backbone).parameters
-    options = {"standardize": features.standardize} if known else {}
-    if weights == "package" and find_spec("fastbgad.backbones.packaged") is None:
-        raise BackboneError(
-            "this fastbgad reads no weights from Python packages; give --weights FILE, or --weights random to try the "
-            "command out"
-        )
-    source = weights.replace("{features}", features.name.removesuffix(RAW))
-    backbone = create_backbone(features.backbone, weights=source, **options)
+    source = weights.replace("{features}", features.short)
+    backbone = create_backbone(features.backbone, weights=source, standardize=features.standardize)
     origin = weights if weights in ("package", "random", "pretrained") else "file"
-    used = features.standardize if known else "none"
-    return backbone, {"backbone": features.backbone, "weights": origin, "standardize": used}
+    return backbone, {"backbone": features.backbone, "weights": origin, "standardize": features.standardize}

@@ -24,7 +24,7 @@ from fastbgad.image_features import ImageFeatures
 from fastbgad.metrics import evaluate
 from fastbgad.model import BGAD
 from fastbgad.ops import score_map
-from fastbgad.scoring import calibrate
+from fastbgad.scoring import calibrate, level_weights
 from fastbgad.training import fit, spare_slots
 
 from .gaussian import RIDGE, gaussian_maps
@@ -222,7 +222,10 @@ class Bench:
         """Return the metrics of a model in training, calibrated as at its end."""
         loss, store = config.loss, features.store
         normal = stored_log_likelihoods(model, store, features.slots(split.normals), _IMAGES_AT_ONCE)
-        constants = calibrate(normal, self.size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer)
+        weights = level_weights(config.score.level_weights, self.backbone.channels)
+        constants = calibrate(
+            normal, self.size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer, weights=weights
+        )
         levels = stored_log_likelihoods(model, store, features.slots(split.test), _IMAGES_AT_ONCE)
         scores = score_map(levels, self.size, constants.level_max, constants.offset)
         return {name: round(v, 5) for name, v in self._areas(split, scores.anomaly_map, scores.image_score).items()}

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastbgad.errors import ConfigError
 
+from .backbones import features_named
+
 OURS = {"nfad": "NFAD", "bgad_without": "BGAD w/o", "bgad": "BGAD"}
 GAUSSIAN = "gaussian"
 PEERS = {"patchcore": "PatchCore", "padim": "PaDiM", "cfa": "CFA", "supersimplenet": "SuperSimpleNet"}
@@ -86,17 +88,18 @@ def plan(
 ) -> list[Run]:
     """Return all runs, those that share features together; peers take part with features of timm's backbones only.
 
-    A peer's own extractor gives raw features, so `lite0` and `lite0-raw` would be the same to it: it runs for the first
-    of the two.
+    A peer's own extractor gives raw features, so `lite0` and `lite0-raw` would be the same to it: it runs once for all
+    that differ in how features are standardized.
     """
     runs: dict[Run, None] = {}
     for category in categories:
         for name in features:
-            twin = name.endswith("-raw") and name.removesuffix("-raw") in features
+            short = features_named(name).short
+            twin = name != next(each for each in features if features_named(each).short == short)
             for size in sizes:
                 # Schedules outside: they differ in how patches are labelled, so each has its own store of features.
                 for schedule, seed, method in itertools.product(schedules, seeds, methods):
-                    if method in PEERS and (twin or name.removesuffix("-raw") == "gabor"):
+                    if method in PEERS and (twin or short == "gabor"):
                         continue
                     setting = setting_of(method, schedule, peer_epochs)
                     runs.setdefault(Run(category, name, size, setting, method, seed))
