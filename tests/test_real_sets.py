@@ -20,7 +20,7 @@ from real_sets.recall import recall_at_false_alarms
 from real_sets.sets import find_categories, known_count, open_set, split_set
 
 from fastbgad.backbones import create_backbone
-from fastbgad.errors import BackboneError, DataError, FeatureError, MetricError
+from fastbgad.errors import DataError, FeatureError, MetricError
 from fastbgad.image_features import ImageFeatures
 from tests.make_data import make_folder_dataset, make_mvtec
 
@@ -184,3 +184,26 @@ def test_the_plan() -> None:
         "a/lite0-64-convergence/bgad-seed2.json"
     ]
     assert Run("a", "lite0", 64, "7-epochs", "cfa", 1).title == "a: CFA (lite0, 64 px, 7 epochs), seed 1"
+
+
+def test_names_of_features() -> None:
+    assert features_named("lite2") == ("lite2", "lite2", "tf_efficientnet_lite2", "whiten")
+    assert features_named("lite2-raw") == ("lite2-raw", "lite2", "tf_efficientnet_lite2", "none")
+    assert features_named("lite2-channel") == ("lite2-channel", "lite2", "tf_efficientnet_lite2", "channel")
+    assert features_named("gabor")[:3] == ("gabor", "gabor", "gabor")
+    assert features_named("resnet18").backbone == "resnet18"
+
+
+def test_backbones_are_built_as_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def noted(name: str, weights: str, standardize: str) -> None:
+        asked.append((name, weights, standardize))
+
+    monkeypatch.setattr("real_sets.backbones.create_backbone", noted)
+    _, about = build(features_named("lite0"), "DIR/{features}.safetensors")
+    _, raw = build(features_named("lite0-raw"), "random")
+    name = "tf_efficientnet_lite0"
+    assert asked == [(name, "DIR/lite0.safetensors", "whiten"), (name, "random", "none")]
+    assert (about["standardize"], about["weights"]) == ("whiten", "file")
+    assert (raw["standardize"], raw["weights"]) == ("none", "random")
