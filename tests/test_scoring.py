@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbgad import reference
-from fastbgad.scoring import calibrate, map_thresholds, official_anomaly_maps, patch_sides, sides
+from fastbgad.scoring import calibrate, level_weights, map_thresholds, official_anomaly_maps, patch_sides, sides
 
 SIZE = (32, 48)
 
@@ -35,6 +35,22 @@ def test_thresholds_are_the_scores_of_patches_on_the_boundary(levels) -> None:
         on_it = [torch.full_like(lp, 10 * float(calibration.boundaries[i, side])) for i, lp in enumerate(levels)]
         score = reference.score_map(on_it, SIZE, calibration.level_max, calibration.offset)
         assert torch.allclose(score, map_thresholds(calibration, 10.0)[side])
+
+
+def test_weighted_levels_by_hand(levels) -> None:
+    weights = level_weights("channels", (24, 40, 112))
+    assert sum(weights) == pytest.approx(3)
+    assert weights == pytest.approx([3 * 24 / 176, 3 * 40 / 176, 3 * 112 / 176])
+    assert level_weights("equal", (24, 40)) == [1, 1]
+    calibration = calibrate(levels, SIZE, beta=0.05, tau=0.1, normalizer=10.0, weights=[0.5, 1.5])
+    maps = [reference.upsample_bilinear(torch.exp(lp - lp.max()), SIZE) for lp in levels]
+    weighted = 0.5 * maps[0] + 1.5 * maps[1]
+    assert float(calibration.offset) == pytest.approx(float(weighted.max()))
+    found = reference.score_map(levels, SIZE, calibration.level_max, calibration.offset)
+    assert torch.allclose(found, weighted.max() - weighted)
+    on_it = [torch.full_like(lp, 10 * float(calibration.boundaries[i, 1])) for i, lp in enumerate(levels)]
+    score = reference.score_map(on_it, SIZE, calibration.level_max, calibration.offset)
+    assert torch.allclose(score, map_thresholds(calibration, 10.0)[1])
 
 
 def test_sides(levels) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbgad.config import FlowConfig
-from fastbgad.data import Split
-from fastbgad.errors import CheckpointError, ConfigError, DataError, FeatureError
+from fastbgad.backbones import create_backbone
+from fastbgad.config import FlowConfig, ScoreConfig
+from fastbgad.data import Split, load_sample
+from fastbgad.errors import CheckpointError, ConfigError, DataError, FeatureError, Notice
 from fastbgad.model import BGAD
+from fastbgad.reference import upsample_bilinear
 from fastbgad.training import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, Progress, fit
 from tests.models import SIZE, tiny_config, tiny_model, tiny_split
 
@@ -176,3 +178,40 @@ def test_features_with_nan_are_refused(split: Split) -> None:
     next(iter(model.backbone.buffers())).fill_(float("nan"))
     with pytest.raises(FeatureError, match="NaN or Inf"):
         fit(model, split, config)
+
+
+def test_what_the_boundary_catches_of_the_known_anomalies(split: Split, tmp_path: Path) -> None:
+    """Counted as `predict` decides, kept with the model, and said where the answer is nothing."""
+    config = tiny_config("bgad", meta_epochs=4)
+    config = replace(config, loss=replace(config.loss, tau=0.01))
+    model = tiny_model(config)
+    result = fit(model, split, config, run_dir=tmp_path / "run")
+    images = torch.stack([load_sample(sample, model.image_size).image for sample in split.known_anomalies])
+    side = model.eval().predict(images).image_side
+    assert result.known_beyond == {"b_n": int((side >= 1).sum()), "b_a": int((side == 2).sum())}
+    assert result.known_beyond["b_n"] > 0
+    assert BGAD.load(tmp_path / "run" / MODEL_FILE).history["known_anomalies_beyond"] == result.known_beyond
+    # A margin that nothing can cross.
+    wide = replace(config, loss=replace(config.loss, tau=10.0))
+    with pytest.warns(Notice, match=r"none of the 2 known anomalies.*--loss.tau, now 10"):
+        assert fit(tiny_model(wide), split, wide).known_beyond["b_a"] == 0
+    assert fit(tiny_model(tiny_config("nfad")), split, tiny_config("nfad")).known_beyond == {}
+
+
+def test_weights_of_levels_are_part_of_the_calibration(tmp_path: Path) -> None:
+    """Training is the same; the map of a level with more channels counts more."""
+    split = tiny_split(tmp_path / "data")
+    models = []
+    for kind in ("channels", "equal"):
+        config = replace(tiny_config("nfad"), score=ScoreConfig(kind))
+        model = BGAD(create_backbone("resnet18", (1, 2), "random"), (SIZE, SIZE), flow=config.flow)
+        fit(model, split, config)
+        models.append(model.eval())
+    weighted, equal = models
+    assert all(torch.equal(a, b) for a, b in zip(weighted.parameters(), equal.parameters(), strict=True))
+    assert torch.allclose((equal.level_max - weighted.level_max).exp(), torch.tensor([2 / 3, 4 / 3]))
+    images = torch.stack([load_sample(sample, (SIZE, SIZE)).image for sample in split.test])
+    likelihoods = [torch.exp(lp - most) for lp, most in zip(equal(images), equal.level_max, strict=True)]
+    maps = [upsample_bilinear(each.double(), (SIZE, SIZE)) for each in likelihoods]
+    expected = float(weighted.offset) - (2 / 3 * maps[0] + 4 / 3 * maps[1])
+    assert torch.allclose(weighted.predict(images).anomaly_map.double(), expected, atol=1e-5)
