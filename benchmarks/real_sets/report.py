@@ -12,7 +12,16 @@ from fastbgad.files import write_text
 from .charts import Curve, Dot, accuracy_plot, convergence_plot
 from .grid import CONVERGENCE, LEFT_OUT, OURS, TRAINED_PEERS
 from .results import METRICS, Result
-from .summary import Contender, headline, measured, on_category, over_categories, spread, total_seconds
+from .summary import (
+    Contender,
+    headline,
+    measured,
+    on_category,
+    over_categories,
+    shared_categories,
+    spread,
+    total_seconds,
+)
 
 PAGE = "REAL.md"
 HEAD = """\
@@ -51,7 +60,7 @@ def page_files(collections: Sequence[tuple[str, Sequence[Result]]]) -> dict[str,
     plots: dict[str, str] = {}
     sections = [
         HEAD,
-        *_means(found, categories, plots),
+        *_means(found, shared_categories(found), plots),
         *_per_category(found, categories),
         *_decisions(found, categories),
         *_convergence(results, plots),
@@ -65,7 +74,7 @@ def page_files(collections: Sequence[tuple[str, Sequence[Result]]]) -> dict[str,
 def readme_table(results: Sequence[Result]) -> str:
     """Return a table of five contenders, means over categories."""
     found = measured(results)
-    categories = sorted({result.run.category for results in found.values() for result in results})
+    categories = shared_categories(found)
     chosen = headline(found, categories)
     rows = [_mean_row(contender, found[contender], categories, decimals=3) for contender in chosen]
     return _table(["mean of " + ", ".join(categories), *METRICS.values(), "seconds"], [row[:-1] for row in rows])
@@ -78,6 +87,7 @@ def _means(
     if not found:
         yield "Not yet measured."
         return
+    yield f"Over {', '.join(categories)}: the categories that at least half of the contenders were measured on."
     rows = [_mean_row(contender, results, categories) for contender, results in found.items()]
     header = ["contender", *METRICS.values(), "seconds", "seeds"]
     yield _table(header, [row for row in rows if row[1] != "-"])

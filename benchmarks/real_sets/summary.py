@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .grid import CONVERGENCE, GAUSSIAN, METHODS, ONCE, OURS, PEERS
@@ -82,6 +82,17 @@ def over_categories(results: Sequence[Result], categories: Sequence[str], figure
             by_seed.setdefault(result.run.seed, []).append(figure(result))
     whole = [statistics.fmean(values) for values in by_seed.values() if len(values) == len(categories)]
     return Spread(mean, statistics.stdev(whole) if len(whole) > 1 else None)
+
+
+def shared_categories(found: Mapping[Contender, Sequence[Result]]) -> list[str]:
+    """Return the categories that means are taken over: those that at least half of the contenders were measured on.
+
+    A category too large for most contenders, or measured with one of them in passing, would leave the others without a
+    mean.
+    """
+    measured_on = [{result.run.category for result in results} for results in found.values()]
+    names = sorted(set().union(*measured_on))
+    return [name for name in names if 2 * sum(name in categories for categories in measured_on) >= len(found)]
 
 
 def total_seconds(result: Result) -> float:
