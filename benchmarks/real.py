@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     what.add_argument("--image-size", nargs="+", type=int, default=[256], metavar="PIXELS", help="side (256)")
     what.add_argument(
-        "--schedule", nargs="+", default=["demo"], choices=["demo", "official"],
-        help="of fastbgad's methods: the short preset or the paper's (demo)",
+        "--schedule", nargs="+", default=["demo"], choices=["demo", "short", "official"],
+        help="of fastbgad's methods: a preset of 8 or of 24 passes, or the paper's 200 (demo)",
     )  # fmt: skip
     what.add_argument(
         "--peer-epochs", type=int, default=20, metavar="N",

@@ -94,6 +94,9 @@ class Train:
     standardize: Standardize = "whiten"
     """Bring features to mean 0 and variance 1 on the training normals: whiten, or channel by channel; none: leave them
     as they are, as the official code. gabor has a standardization of its own."""
+    neighborhood: int | None = None
+    """Average features of stride 8 and more over so many patches a side (odd); 1: not at all, as the official code.
+    None: 3, or 1 with --standardize none."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
@@ -119,7 +122,8 @@ class Train:
     report: bool = True
     """Write report.html."""
     preset: Preset = "official"
-    """Defaults of everything below: the paper's schedule, or a short one. Use --preset demo --help to see those."""
+    """Defaults of everything below: the paper's schedule (200 passes over the images), short (24 passes, minutes on a
+    CPU) or demo (8 passes). --preset short --help shows those."""
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 

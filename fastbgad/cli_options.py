@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
-Preset = Literal["official", "demo"]
+Preset = Literal["official", "short", "demo"]
 Check = Literal["full", "quick", "none"]
 Layout = Literal["auto", "mvtec", "btad", "folder"]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -83,6 +83,9 @@ class Reproduce:
     standardize: Standardize = Setup.standardize
     """none: features as they are, as in the paper's code; whiten, or channel: with mean 0 and variance 1 on each
     category's training normals, which short schedules need. gabor has a standardization of its own."""
+    neighborhood: int | None = None
+    """Average features of stride 8 and more over so many patches a side (odd). None: 1, or 3 with --standardize whiten
+    or channel."""
     levels: tuple[int, ...] = Setup.levels
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = Setup.image_size
@@ -97,7 +100,8 @@ class Reproduce:
     pro_limit: float = Setup.pro_limit
     """Largest false-positive rate of the AUPRO integral."""
     preset: Preset = "official"
-    """Defaults of everything below: the paper's schedule, or a short one. Use --preset demo --help to see those."""
+    """Defaults of everything below: the paper's schedule (200 passes over the images), short (24 passes) or demo (8
+    passes). --preset short --help shows those."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -117,8 +121,8 @@ class Reproduce:
             )
         training = TrainConfig(flow=self.flow, loss=self.loss, schedule=self.schedule, anomalies=self.anomalies)
         parts = (
-            "backbone", "weights", "standardize", "levels", "image_size", "dtype", "precision", "calibration",
-            "pro_limit",
+            "backbone", "weights", "standardize", "neighborhood", "levels", "image_size", "dtype", "precision",
+            "calibration", "pro_limit",
         )  # fmt: skip
         return Setup(**{name: getattr(self, name) for name in parts}, training=training)
 

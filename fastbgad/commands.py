@@ -110,6 +110,7 @@ def _new_model(command: Train, device: torch.device) -> BGAD:
             "dtype": command.dtype,
             "compile": command.compile,
             "standardize": command.standardize,
+            "neighborhood": command.neighborhood,
         }
     return BGAD(
         create_backbone(command.backbone, command.levels, **options).to(device),

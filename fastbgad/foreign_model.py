@@ -314,6 +314,8 @@ def _obstacles(model: BGAD, kind: Kind) -> list[str]:
         )
     if config.global_affine != "SOFTPLUS":
         reasons.append(f"it knows the global scale SOFTPLUS, the model has {config.global_affine}")
+    if backbone.neighborhood > 1:
+        reasons.append("its features are averaged over neighbors (--neighborhood 1 would leave them as they are)")
     whitens = backbone.standardization is not None and backbone.standardization.kind == "whiten"
     if whitens and config.hard_permutation:
         reasons.append("its features are whitened, which needs soft permutations, and the model has hard ones")

@@ -87,14 +87,17 @@ class ImageFeatures:
     def _learn_statistics(self, normals: Sequence[Sample]) -> None:
         """Fit the backbone on normal images.
 
-        Where the store holds them all, their features are kept as they are seen and standardized there, so that each
-        image goes through the network once. Those of half precision would be rounded twice: they are extracted again.
+        Where the store holds them all in their own precision, their features are kept as they are seen and standardized
+        there, so that each image goes through the network once. In another one they would be rounded otherwise than
+        those of later images: they are extracted again.
         """
-        keep = self.store.dtype.itemsize >= 4 and all(sample in self._slots for sample in normals)
+        keep = all(sample in self._slots for sample in normals)
 
         def features() -> Iterator[Sequence[torch.Tensor]]:
+            nonlocal keep
             for batch in self._batches(normals, "statistics"):
                 levels = self.backbone.extract(batch.images.to(self.device))
+                keep = keep and levels[0].dtype == self.store.dtype
                 if keep:
                     self.store.put(self.slots(batch.samples), levels, batch.masks)
                 yield levels

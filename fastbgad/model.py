@@ -235,7 +235,9 @@ class BGAD(nn.Module):
             backbone_config = dict(architecture["backbone"])
             if backbone_config["name"] != "gabor":
                 backbone_config["weights"] = "random"  # overwritten below
-                backbone_config.setdefault("standardize", "none")  # models of before there was a choice
+                # models of before there was a choice
+                backbone_config.setdefault("standardize", "none")
+                backbone_config.setdefault("neighborhood", 1)
             model = cls(
                 create_backbone(**backbone_config),
                 tuple(architecture["image_size"]),

@@ -231,7 +231,13 @@ def test_the_same_maps(
 ) -> None:
     source = sources[kind]
     done = convert(source.path, tmp_path / "model.safetensors", options=options(kind))
-    assert done.model.backbone.config() == {"name": backbone, "dtype": "float32", "standardize": "none", **config}
+    assert done.model.backbone.config() == {
+        "name": backbone,
+        "dtype": "float32",
+        "neighborhood": 1,
+        "standardize": "none",
+        **config,
+    }
     loaded = BGAD.load(tmp_path / "model.safetensors")
     maps = our_maps(loaded, images)
     assert source.maps.std() > 0.02  # a map with something on it
@@ -474,7 +480,7 @@ def test_standardized_features_in_other_code(kind: Any, layers: int, images: Ten
 
     from fastbgad.config import FlowConfig
 
-    backbone = create_backbone("resnet18", (1, 2, 3), "random", standardize=kind)
+    backbone = create_backbone("resnet18", (1, 2, 3), "random", standardize=kind, neighborhood=1)
     backbone.fit([images])
     model = BGAD(backbone, (SIZE, SIZE), flow=FlowConfig(2, POSITION))
     for level, decoder in enumerate(flows(backbone.channels)):

@@ -234,7 +234,7 @@ def test_wrong_scoring_shows_though_the_map_is_flat(
     """A trained model finds generated images so unlikely that its map is flat."""
     model, own, plain = copy.deepcopy(tiny), tiny.calibration(), export_graph.interpolate
     model.set_calibration(Calibration(own.level_max + 500, own.offset, own.boundaries + 50))
-    assert float(model.predict(check_images(model.image_size)).anomaly_map.std()) == 0
+    assert float(model.predict(check_images(model.image_size)).anomaly_map.std()) < 1e-6  # all but rounding
     monkeypatch.setattr(export_graph, "interpolate", lambda maps, **options: plain(maps, **{**options, **wrong}))
     with pytest.raises(BackendError, match="does not compute what the model does"):
         export_detector(model, kept, "torch-export")

@@ -420,8 +420,8 @@ def test_a_cell_does_not_take_other_weights_than_its_run() -> None:
     run_module._timm_backbone.cache_clear()
     cpu = torch.device("cpu")
     with pytest.warns(Notice), pytest.raises(BackboneError, match=r"no longer answers.*--weights package"):
-        run_module._timm_backbone(NAME, (0, 1), "pretrained", "float32", "none", cpu)
-    assert run_module._timm_backbone(NAME, (0, 1), "package", "float32", "none", cpu).weights_source == "package"
+        run_module._timm_backbone(NAME, (0, 1), "pretrained", "float32", "none", None, cpu)
+    assert run_module._timm_backbone(NAME, (0, 1), "package", "float32", "none", None, cpu).weights_source == "package"
     run_module._timm_backbone.cache_clear()
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from fastbgad.backbones import create_backbone
 from fastbgad.backbones.standardization import Standardization
 from fastbgad.data import decoded as decoded_module
-from fastbgad.errors import BackboneError, FeatureError
+from fastbgad.errors import BackboneError, CheckpointError, FeatureError
 from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import FlowSpec
+from fastbgad.foreign_model import from_model
 from fastbgad.image_features import ImageFeatures
 from fastbgad.model import BGAD
 from fastbgad.ops import PositionalRows
@@ -310,3 +311,36 @@ def test_flows_that_cannot_express_it() -> None:
                         (FlowSpec(4, 8, 1, hard_permutation=True), torch.eye(4))):  # fmt: skip
         with pytest.raises(ValueError, match="cannot express"):
             with_standardizing_layers({}, spec, torch.zeros(4), scale)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_coarse_levels_are_averaged_over_neighbors(size: int) -> None:
+    """By a loop over patches: the mean of those neighbors that there are; levels of stride 4 and less stay sharp."""
+    plain = create_backbone(NET, (0, 1, 2, 3), "random", standardize="none")
+    pooled = create_backbone(NET, (0, 1, 2, 3), "random", standardize="none", neighborhood=size)
+    assert plain.strides == (2, 4, 8, 16)
+    before, after = plain.extract(photographs()), pooled.extract(photographs())
+    for level in (0, 1):
+        assert torch.equal(before[level], after[level])
+    for level in (2, 3):
+        maps, expected = before[level].double(), torch.empty_like(before[level], dtype=torch.float64).fill_(torch.nan)
+        height, width = maps.shape[2:]
+        for y in range(height):
+            for x in range(width):
+                rows = slice(max(0, y - size // 2), y + size // 2 + 1)
+                columns = slice(max(0, x - size // 2), x + size // 2 + 1)
+                expected[:, :, y, x] = maps[:, :, rows, columns].mean((2, 3))
+        assert torch.allclose(after[level].double(), expected, rtol=1e-5, atol=1e-6 * float(maps.abs().max()))
+
+
+def test_neighborhoods() -> None:
+    assert create_backbone(NET, (2,), "random").config()["neighborhood"] == 3
+    assert create_backbone(NET, (2,), "random", standardize="none").config()["neighborhood"] == 1
+    for size in (0, 2, -3):
+        with pytest.raises(BackboneError, match="odd number"):
+            create_backbone(NET, (2,), "random", neighborhood=size)
+    with pytest.raises(BackboneError, match="leave standardize and neighborhood out"):
+        create_backbone("gabor", neighborhood=3)
+    model = BGAD(create_backbone("resnet18", (1, 2), "random"), (SIZE, SIZE))
+    with pytest.raises(CheckpointError, match="averaged over neighbors"):
+        from_model(model, "bgad")

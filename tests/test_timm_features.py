@@ -344,7 +344,13 @@ def test_padding_mean_and_std() -> None:
     usual = create_backbone(
         "resnet18", (1,), "random", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), standardize="none"
     )
-    assert usual.config() == {"name": "resnet18", "levels": [1], "dtype": "float32", "standardize": "none"}
+    assert usual.config() == {
+        "name": "resnet18",
+        "levels": [1],
+        "dtype": "float32",
+        "neighborhood": 1,
+        "standardize": "none",
+    }
     other = create_backbone("resnet18", (1,), "random", padding_mode="reflect", std=(1, 1, 1), standardize="none")
     assert other.config() == {**usual.config(), "padding_mode": "reflect", "std": [1.0, 1.0, 1.0]}
     images = random_images((32, 32))

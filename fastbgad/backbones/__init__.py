@@ -24,6 +24,7 @@ def create_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     standardize: Standardize = "whiten",
+    neighborhood: int | None = None,
 ) -> Backbone:
     """Builds a backbone by name.
 
@@ -45,6 +46,8 @@ def create_backbone(
         standardize: how a timm model's features are brought to mean 0 and variance 1, by statistics of each level that
             are learned from the training normals (`fit`, which training calls): `whiten`, or `channel` by channel;
             `none`: they are left as they are, as in the official code. `gabor` has a standardization of its own.
+        neighborhood: a timm model's features of stride 8 and more are averaged over so many patches a side, an odd
+            number; 1: not at all, as in the official code. None: 3, or 1 if `standardize` is `none`.
 
     Raises:
         BackboneError: unknown name or level, a model without feature maps or without a package, or an unreachable hub.
@@ -56,8 +59,10 @@ def create_backbone(
             raise BackboneError(f"the gabor backbone has no weights to load from {weights}: leave weights out")
         if dtype != "float32" or compile:
             raise BackboneError("the gabor backbone runs in float32, uncompiled: leave dtype and compile out")
-        if standardize != "whiten":
-            raise BackboneError("the gabor backbone has a standardization of its own: leave standardize out")
+        if standardize != "whiten" or neighborhood is not None:
+            raise BackboneError(
+                "the gabor backbone has a standardization of its own: leave standardize and neighborhood out"
+            )
         if padding_mode != "zeros" or mean is not None or std is not None:
             raise BackboneError("the gabor backbone knows no other padding, mean or std: leave them out")
         return GaborBackbone(levels)
@@ -67,5 +72,5 @@ def create_backbone(
     return TimmBackbone(
         name, levels, weights,
         seed=seed, dtype=dtype, compile=compile, padding_mode=padding_mode, mean=mean, std=std,
-        standardize=standardize,
+        standardize=standardize, neighborhood=neighborhood,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from timm.models import EfficientNetFeatures, FeatureDictNet, FeatureHookNet, MobileNetV3Features
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from ..errors import BackboneError, FeatureError
 from .base import Backbone, unit_range
@@ -21,6 +22,7 @@ from .packaged import package_of, packaged_state
 from .standardization import Standardization, Standardize
 from .weights import hub_error, load_weights, read_weights, resolve_weights
 
+_COARSE = 8  # pixels, the least stride of levels that are averaged over neighbors
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -53,6 +55,7 @@ class TimmBackbone(Backbone):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         standardize: Standardize = "none",
+        neighborhood: int | None = None,
     ) -> None:
         """Builds the model and loads its weights.
 
@@ -68,6 +71,8 @@ class TimmBackbone(Backbone):
             std: three positive values that images are then divided by; those of timm's pretrained weights if None.
             standardize: `whiten` or `channel`: `fit` learns the statistics of every level, and features come with
                 mean 0 and variance 1, whitened or channel by channel; `none`: features as the network gives them.
+            neighborhood: features of levels of stride 8 and more are averaged over so many patches a side, before they
+                are standardized; an odd number, 1 leaves them as they are. None: 3, or 1 if `standardize` is `none`.
 
         Raises:
             BackboneError: unknown name, level, dtype or padding, a model without feature maps or that cannot pad so,
@@ -80,10 +85,16 @@ class TimmBackbone(Backbone):
             raise BackboneError(f"unknown padding {padding_mode!r} of a backbone; choose zeros or reflect")
         if standardize not in get_args(Standardize):
             raise BackboneError(f"standardize is {standardize!r}; choose one of {', '.join(get_args(Standardize))}")
+        if neighborhood is None:
+            neighborhood = 1 if standardize == "none" else 3
+        if neighborhood < 1 or neighborhood % 2 == 0:
+            raise BackboneError(
+                f"neighborhood is {neighborhood}; give an odd number of patches a side, such as 3, or 1"
+            )
         if dtype not in _DTYPES:
             raise BackboneError(f"unknown dtype {dtype!r} of a backbone; choose one of {', '.join(_DTYPES)}")
         self.name, self.levels, self.dtype = name, tuple(int(level) for level in levels), dtype
-        self.padding_mode = padding_mode
+        self.padding_mode, self.neighborhood = padding_mode, neighborhood
         whole = _build(name, seed)
         info, size_of_whole = whole.feature_info, _count(whole)
         del whole  # never two large models at a time
@@ -151,12 +162,28 @@ class TimmBackbone(Backbone):
                     f"{self.name} gives features of the shape {list(feature.shape)} where [batch, {channels}, height, "
                     "width] was expected; choose another backbone"
                 )
-        return features
+        return [self._averaged(level, maps) for level, maps in enumerate(features)]
+
+    def _averaged(self, level: int, maps: Tensor) -> Tensor:
+        """Average over neighbors (Roth et al., PatchCore, CVPR 2022); beyond the border there are none.
+
+        The fine levels are left sharp: there a small defect fills few patches.
+        """
+        size = self.neighborhood
+        if size == 1 or self.strides[level] < _COARSE:
+            return maps
+        return avg_pool2d(maps, size, stride=1, padding=size // 2, count_include_pad=False)
 
     def config(self) -> dict[str, Any]:
         """See `Backbone.config`. `compile` is left out: it depends on the machine, not on the model."""
-        config = {"name": self.name, "levels": list(self.levels), "dtype": self.dtype, **self._chosen}
-        config["standardize"] = "none" if self.standardization is None else self.standardization.kind
+        config = {
+            "name": self.name,
+            "levels": list(self.levels),
+            "dtype": self.dtype,
+            "neighborhood": self.neighborhood,
+            "standardize": "none" if self.standardization is None else self.standardization.kind,
+            **self._chosen,
+        }
         if self.padding_mode != "zeros":
             config["padding_mode"] = self.padding_mode
         return config

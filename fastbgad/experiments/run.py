@@ -182,7 +182,7 @@ class CellRunner:
         setup = self.setup
         if setup.backbone == "gabor":  # its statistics are those of the category
             return create_backbone("gabor", setup.levels).to(self.device)
-        choices = (setup.backbone, setup.levels, setup.weights, setup.dtype, setup.standardize)
+        choices = (setup.backbone, setup.levels, setup.weights, setup.dtype, setup.standardize, setup.neighborhood)
         return _timm_backbone(*choices, self.device).without_statistics()
 
     # ------------------------------------------------------------------- peers
@@ -265,10 +265,16 @@ class CellRunner:
 
 @lru_cache(maxsize=1)
 def _timm_backbone(
-    name: str, levels: tuple[int, ...], weights: str, dtype: str, standardize: Standardize, device: torch.device
+    name: str,
+    levels: tuple[int, ...],
+    weights: str,
+    dtype: str,
+    standardize: Standardize,
+    neighborhood: int | None,
+    device: torch.device,
 ) -> Backbone:
     """A frozen network is the same for every category: it is loaded once. Statistics of features are not."""
-    backbone = create_backbone(name, levels, weights, dtype=dtype, standardize=standardize)
+    backbone = create_backbone(name, levels, weights, dtype=dtype, standardize=standardize, neighborhood=neighborhood)
     source = getattr(backbone, "weights_source", weights)
     if source != weights:
         raise BackboneError(

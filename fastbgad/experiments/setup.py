@@ -26,6 +26,8 @@ class Setup:
     """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     standardize: Standardize = "none"
     """none: features as they are, as in the paper's code; whiten, channel: standardized on each category's normals."""
+    neighborhood: int | None = None
+    """Features of stride 8 and more are averaged over so many patches a side; None: 1, or 3 for standardized ones."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Feature levels, in timm's numbering."""
     image_size: tuple[int, int] = (256, 256)
