@@ -310,6 +310,20 @@ def test_mvtec_with_a_timm_backbone(tmp_path: Path) -> None:
     for post_processor in (model.post_processor, loaded.post_processor):
         assert torch.equal(post_processor.image_threshold, boundary)
         assert torch.equal(post_processor.pixel_threshold, boundary)
+    # features are standardized as in training
+    kept, statistics = loaded.model.detector.backbone, model.model.detector.backbone.standardization.state_dict()
+    assert kept.standardization.fitted
+    for name, tensor in kept.standardization.state_dict().items():
+        assert torch.equal(tensor, statistics[name])
+    # and a checkpoint of before there was a choice has them as they are
+    content = torch.load(trainer.best_model_path, weights_only=False)
+    for name in ("standardize", "neighborhood"):
+        content["hyper_parameters"].pop(name, None)
+    content["state_dict"] = {key: v for key, v in content["state_dict"].items() if ".standardization." not in key}
+    torch.save(content, tmp_path / "old.ckpt")
+    old = Bgad.load_from_checkpoint(tmp_path / "old.ckpt").model.detector.backbone
+    assert old.standardization is None
+    assert old.neighborhood == 1
 
 
 def test_labels_without_validation_images(parts: Path, tmp_path: Path) -> None:
