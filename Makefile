@@ -42,8 +42,8 @@ test: $(VENV)/installed
 # Every operation, its kernels in Triton's interpreter, training, files, export and the command line, once each.
 QUICK := installation lower_bounds triton_version flow flow_native flow_packed flow_torch flow_triton_operator \
 	flow_wide_kernels log_likelihood boundary boundary_triton spp_loss spp_loss_triton score_map score_map_triton \
-	positional losses metrics features timm_features packaged images demo_data files model training prediction \
-	prediction_ray export report plots cli accelerate_cflow
+	positional losses metrics features timm_features packaged standardization images demo_data files model training \
+	prediction prediction_ray export report plots cli accelerate_cflow
 PYTEST_QUICK := -m pytest -n auto --dist loadfile --no-loadscope-reorder -rs \
 	--deselect tests/test_export.py::test_aoti $(QUICK:%=tests/test_%.py)
 
