@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -16,7 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import real
 from real_sets.grid import CONVERGENCE, LEFT_OUT, OURS, Run
 from real_sets.results import METRICS, Result, read_collection, result_path, write_collection, write_result
-from real_sets.summary import Contender, measured, over_categories, spread
+from real_sets.summary import Contender, measured, over_categories, shared_categories, spread
 
 FACTS = {"date": "2026-02-03", "commit": "0123abc", "processor": "Some CPU", "threads": 1, "versions": {"torch": "2"}}
 COUNTS = {"normals": 30, "known": 10, "known_used": 0, "test_normal": 14, "test_anomalous": 22}
@@ -192,3 +193,18 @@ def test_pictures_stay_beside_the_results(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (HOME / "results" / "real").is_dir(), reason="no figures are kept yet")
 def test_the_committed_page_fits_the_committed_figures() -> None:
     assert real.main(["--page", "--check"]) == 0
+
+
+def test_means_are_over_the_largest_block_without_a_gap() -> None:
+    """As all blocks tried one after the other say."""
+    on = {"bgad": "abcd", "nfad": "abc", "gaussian": "abcd", "patchcore": "abc", "padim": "e", "cfa": "ab"}
+    found = measured([result(method, 0.9, category) for method, names in on.items() for category in names])
+    assert shared_categories(found) == [
+        "a",
+        "b",
+        "c",
+    ]  # 4 contenders x 3, where a, b alone have 5 x 2 and all four 2 x 4
+    blocks = [set(block) for size in range(1, 6) for block in itertools.combinations("abcde", size)]
+    largest = max(len(block) * sum(block <= set(names) for names in on.values()) for block in blocks)
+    assert largest == 12
+    assert shared_categories({}) == []

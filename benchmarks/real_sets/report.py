@@ -87,7 +87,7 @@ def _means(
     if not found:
         yield "Not yet measured."
         return
-    yield f"Over {', '.join(categories)}: the categories that at least half of the contenders were measured on."
+    yield f"Over {', '.join(categories)}: the largest block of contenders and categories without a gap."
     rows = [_mean_row(contender, results, categories) for contender, results in found.items()]
     header = ["contender", *METRICS.values(), "seconds", "seeds"]
     yield _table(header, [row for row in rows if row[1] != "-"])

@@ -85,14 +85,23 @@ def over_categories(results: Sequence[Result], categories: Sequence[str], figure
 
 
 def shared_categories(found: Mapping[Contender, Sequence[Result]]) -> list[str]:
-    """Return the categories that means are taken over: those that at least half of the contenders were measured on.
+    """Return the categories that means are taken over: the largest block of results without a gap.
 
-    A category too large for most contenders, or measured with one of them in passing, would leave the others without a
-    mean.
+    Contenders that were measured on some categories alone would otherwise leave all others without a mean. The block
+    has the most contenders times categories; of two as large, the one with more categories counts.
     """
-    measured_on = [{result.run.category for result in results} for results in found.values()]
-    names = sorted(set().union(*measured_on))
-    return [name for name in names if 2 * sum(name in categories for categories in measured_on) >= len(found)]
+    measured_on = [frozenset(result.run.category for result in results) for results in found.values()]
+    # A contender's own categories, and what several have in common: no other block can be the largest.
+    blocks = set(measured_on)
+    for categories in measured_on:
+        blocks |= {block & categories for block in blocks}
+    blocks.discard(frozenset())
+
+    def size(block: frozenset[str]) -> tuple[int, int, list[str]]:
+        contenders = sum(block <= categories for categories in measured_on)
+        return contenders * len(block), len(block), sorted(block)
+
+    return sorted(max(blocks, key=size)) if blocks else []
 
 
 def total_seconds(result: Result) -> float:
