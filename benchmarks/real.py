@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--features", nargs="+", default=list(FEATURES), metavar="NAME",
         help="gabor, lite0, lite2 or a timm backbone, whose features are whitened; with -channel standardized channel "
-        "by channel, with -raw left as they are (gabor lite0)",
+        "by channel, with -raw left as they are, with -sharp not averaged over neighbors (gabor lite0)",
     )  # fmt: skip
     what.add_argument("--image-size", nargs="+", type=int, default=[256], metavar="PIXELS", help="side (256)")
     what.add_argument(

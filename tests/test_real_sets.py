@@ -187,9 +187,10 @@ def test_the_plan() -> None:
 
 
 def test_names_of_features() -> None:
-    assert features_named("lite2") == ("lite2", "lite2", "tf_efficientnet_lite2", "whiten")
-    assert features_named("lite2-raw") == ("lite2-raw", "lite2", "tf_efficientnet_lite2", "none")
-    assert features_named("lite2-channel") == ("lite2-channel", "lite2", "tf_efficientnet_lite2", "channel")
+    assert features_named("lite2") == ("lite2", "lite2", "tf_efficientnet_lite2", "whiten", None)
+    assert features_named("lite2-sharp") == ("lite2-sharp", "lite2", "tf_efficientnet_lite2", "whiten", 1)
+    assert features_named("lite2-raw") == ("lite2-raw", "lite2", "tf_efficientnet_lite2", "none", None)
+    assert features_named("lite2-channel") == ("lite2-channel", "lite2", "tf_efficientnet_lite2", "channel", None)
     assert features_named("gabor")[:3] == ("gabor", "gabor", "gabor")
     assert features_named("resnet18").backbone == "resnet18"
 
@@ -197,13 +198,13 @@ def test_names_of_features() -> None:
 def test_backbones_are_built_as_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def noted(name: str, weights: str, standardize: str) -> None:
-        asked.append((name, weights, standardize))
+    def noted(name: str, weights: str, standardize: str, neighborhood: int | None) -> None:
+        asked.append((name, weights, standardize, neighborhood))
 
     monkeypatch.setattr("real_sets.backbones.create_backbone", noted)
     _, about = build(features_named("lite0"), "DIR/{features}.safetensors")
     _, raw = build(features_named("lite0-raw"), "random")
     name = "tf_efficientnet_lite0"
-    assert asked == [(name, "DIR/lite0.safetensors", "whiten"), (name, "random", "none")]
+    assert asked == [(name, "DIR/lite0.safetensors", "whiten", None), (name, "random", "none", None)]
     assert (about["standardize"], about["weights"]) == ("whiten", "file")
     assert (raw["standardize"], raw["weights"]) == ("none", "random")

@@ -7,7 +7,13 @@ from typing import NamedTuple
 from fastbgad.backbones import Backbone, Standardize, create_backbone
 
 SHORT_NAMES = {f"lite{number}": f"tf_efficientnet_lite{number}" for number in range(5)}
-ENDINGS: dict[str, Standardize] = {"-raw": "none", "-channel": "channel"}
+ENDINGS: dict[str, tuple[Standardize, int | None]] = {
+    "-raw": ("none", None),
+    "-channel": ("channel", None),
+    "-sharp": ("whiten", 1),
+}
+"""What is done to features by the ending of their name: how they are standardized, and over how many neighbors coarse
+levels are averaged."""
 
 
 class Features(NamedTuple):
@@ -17,14 +23,15 @@ class Features(NamedTuple):
     short: str  # without the ending
     backbone: str  # gabor or timm's name
     standardize: Standardize
+    neighborhood: int | None = None
 
 
 def features_named(name: str) -> Features:
     """Return what a name means: gabor, a short name or one of timm's; an ending says how features are standardized."""
-    for ending, kind in ENDINGS.items():
+    for ending, (kind, neighborhood) in ENDINGS.items():
         if name.endswith(ending):
             short = name.removesuffix(ending)
-            return Features(name, short, SHORT_NAMES.get(short, short), kind)
+            return Features(name, short, SHORT_NAMES.get(short, short), kind, neighborhood)
     return Features(name, name, SHORT_NAMES.get(name, name), "whiten")
 
 
@@ -42,6 +49,8 @@ def build(features: Features, weights: str) -> tuple[Backbone, dict[str, str]]:
     if features.backbone == "gabor":
         return create_backbone("gabor"), {"backbone": "gabor", "weights": "none", "standardize": "by the filter bank"}
     source = weights.replace("{features}", features.short)
-    backbone = create_backbone(features.backbone, weights=source, standardize=features.standardize)
+    backbone = create_backbone(
+        features.backbone, weights=source, standardize=features.standardize, neighborhood=features.neighborhood
+    )
     origin = weights if weights in ("package", "random", "pretrained") else "file"
     return backbone, {"backbone": features.backbone, "weights": origin, "standardize": features.standardize}
