@@ -198,8 +198,9 @@ def _convergence(results: Sequence[Result], plots: dict[str, str]) -> Iterator[s
         ]  # fmt: skip
     yield "## Convergence of BGAD"
     yield (
-        "One training with the short preset, measured after every meta epoch and calibrated each time as at its end. "
-        "The learning rate falls to its floor at the last pass. Means over categories and seeds."
+        "One training with the settings of the demo preset and more passes, measured after every meta epoch and "
+        "calibrated as at its end. The learning rate falls to its floor at the last pass. Means over categories and "
+        "seeds."
     )
     plots["plots/real-convergence.svg"] = convergence_plot(curves)
     yield '<img src="plots/real-convergence.svg" width="700" alt="Accuracy of BGAD against seconds of training">'
