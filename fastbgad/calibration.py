@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .config import LossConfig
+from .config import LossConfig, TrainConfig
 from .data import Sample, stream_batches
 from .errors import DataError, FeatureError
 from .features import FeatureStore
 from .model import BGAD
 from .ops.boundary import check_boundary_options
 from .ops.dispatch import compute_dtype
-from .scoring import LevelWeights, calibrate, level_weights
+from .scoring import Calibration, LevelWeights, calibrate, level_weights
 
 
 @torch.inference_mode()
@@ -62,6 +62,25 @@ def calibrate_model(
     factors = level_weights(weights, model.backbone.channels)
     model.set_calibration(
         calibrate(levels, model.image_size, beta=beta, tau=tau, normalizer=model.normalizer, weights=factors)
+    )
+
+
+def calibration_of(model: BGAD, levels: Sequence[Tensor], config: TrainConfig) -> Calibration:
+    """Return the constants of a model that was trained with a configuration.
+
+    Args:
+        model: decides image size and channels of the levels; its own constants are neither read nor set.
+        levels: per level lp [n, h_l, w_l] of all training normals.
+        config: boundary and weights of the levels.
+    """
+    loss = config.loss
+    return calibrate(
+        levels,
+        model.image_size,
+        beta=loss.beta,
+        tau=loss.tau,
+        normalizer=loss.normalizer,
+        weights=level_weights(config.score.level_weights, model.backbone.channels),
     )
 
 

@@ -197,6 +197,8 @@ def _demo(command: Demo) -> int:
         if name not in known:
             raise ConfigError(f"the demo has no category {name!r}; choose from {', '.join(known)}")
     print(f"data: {out / 'data'} ({time.perf_counter() - started:.0f} s)", flush=True)
+    options: dict[str, Any] = {} if command.backbone == "gabor" else {"weights": command.weights}
+    backbone = create_backbone(command.backbone, **options).to(device)  # its statistics are those of each texture
     rows, reports = [], []
     for name in command.categories:
         # One split for all methods: the test set must not depend on whether a method uses the known anomalies.
@@ -206,21 +208,15 @@ def _demo(command: Demo) -> int:
             config = demo_preset(method, command.seed)
             config = replace(config, anomalies=replace(config.anomalies, num_anomalies=command.num_anomalies))
             folder = method if command.backbone == "gabor" else f"{method}-{command.backbone}"
-            backbone = _demo_backbone(command).to(device)
-            model, evaluation, result = _demo_run(name, split, config, out / name / folder, backbone)
+            model, evaluation, result = _demo_run(
+                name, split, config, out / name / folder, backbone.without_statistics()
+            )
             rows.append((name, METHOD_NAMES[method], evaluation))
             reports.append(_report_of(name, config, model, evaluation, result))
     write_report(out / REPORT_FILE, reports, "BGAD on brick, grass and gravel")
     _print_demo(rows, [METHOD_NAMES[method] for method in command.methods])
     print(f"report: {out / REPORT_FILE}\ntotal: {time.perf_counter() - started:.0f} s")
     return 0
-
-
-def _demo_backbone(command: Demo) -> Backbone:
-    """A backbone without statistics: they are those of each texture."""
-    if command.backbone == "gabor":
-        return create_backbone("gabor")
-    return create_backbone(command.backbone, weights=command.weights)
 
 
 def _demo_run(

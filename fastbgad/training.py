@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import stored_log_likelihoods
+from .calibration import calibration_of, stored_log_likelihoods
 from .config import TrainConfig
 from .data import AnomalySynthesis, AugmentedAnomalies, DecodedImages, Split
 from .data_parallel import DataParallel, SharedRows
@@ -37,7 +37,6 @@ from .interrupt import interrupt_flag
 from .loss_record import mean_losses
 from .model import BGAD
 from .schedule import image_batches, learning_rate, patch_chunks, patch_rows
-from .scoring import calibrate, level_weights
 from .synthesis_ahead import BANKS, SynthesisAhead
 from .training_level import LevelTrainer
 from .training_state import load_training_state, save_training_state
@@ -362,21 +361,12 @@ class TrainingRun:
 
     def _calibrate(self) -> None:
         """Set the model's constants from all training normals, and see on which side the known anomalies lie."""
-        normals, loss = len(self.split.normals), self.config.loss
+        normals = len(self.split.normals)
         slots = self.features.slots(self.own_files)
         levels = stored_log_likelihoods(self.model, self.features.store, slots, self.config.schedule.batch_size)
         if self.parallel is not None:
             levels = [self.parallel.gather_images(lp, len(self.files)) for lp in levels]
-        self.model.set_calibration(
-            calibrate(
-                [lp[:normals] for lp in levels],
-                self.model.image_size,
-                beta=loss.beta,
-                tau=loss.tau,
-                normalizer=loss.normalizer,
-                weights=level_weights(self.config.score.level_weights, self.model.backbone.channels),
-            )
-        )
+        self.model.set_calibration(calibration_of(self.model, [lp[:normals] for lp in levels], self.config))
         if normals < len(self.files):
             side = self.model.decide([lp[normals:] for lp in levels]).image_side
             self.known_beyond = {name: int((side >= k).sum()) for k, name in ((1, "b_n"), (2, "b_a"))}
@@ -384,7 +374,7 @@ class TrainingRun:
                 warnings.warn(
                     f"none of the {len(side)} known anomalies scores beyond the anomalous boundary b_a, so hardly any "
                     "image will be decided to be anomalous; train longer (--schedule.meta-epochs), narrow the margin "
-                    f"(--loss.tau, now {loss.tau:g}), or go by the score",
+                    f"(--loss.tau, now {self.config.loss.tau:g}), or go by the score",
                     Notice,
                     stacklevel=1,
                 )

@@ -203,6 +203,16 @@ def test_statistics_travel_with_the_backbone() -> None:
     assert all(torch.equal(tensor, kept[name]) for name, tensor in backbone.state_dict().items())
 
 
+def test_a_filter_bank_without_statistics_keeps_the_other_as_it_is() -> None:
+    fitted = create_backbone("gabor")
+    fitted.fit([photographs()])
+    before = {name: tensor.clone() for name, tensor in fitted.state_dict().items()}
+    other = fitted.without_statistics()
+    assert other.needs_fit
+    other.fit([255 - photographs()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fitted.state_dict().items())
+
+
 def test_choices() -> None:
     plain = create_backbone(NET, (1,), "random", standardize="none")
     assert not plain.needs_fit

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastbgad.backbones import Backbone
 from fastbgad.backbones.timm_features import TimmBackbone, whole_state
-from fastbgad.calibration import stored_log_likelihoods
+from fastbgad.calibration import calibration_of, stored_log_likelihoods
 from fastbgad.config import CellLabels, TrainConfig, demo_preset
 from fastbgad.data import Category, DecodedImages, Split
 from fastbgad.errors import ConfigError
@@ -24,7 +24,6 @@ from fastbgad.image_features import ImageFeatures
 from fastbgad.metrics import evaluate
 from fastbgad.model import BGAD
 from fastbgad.ops import score_map
-from fastbgad.scoring import calibrate, level_weights
 from fastbgad.training import fit, spare_slots
 
 from .gaussian import RIDGE, gaussian_maps
@@ -220,12 +219,9 @@ class Bench:
 
     def _point(self, model: BGAD, features: ImageFeatures, split: Split, config: TrainConfig) -> dict[str, float]:
         """Return the metrics of a model in training, calibrated as at its end."""
-        loss, store = config.loss, features.store
+        store = features.store
         normal = stored_log_likelihoods(model, store, features.slots(split.normals), _IMAGES_AT_ONCE)
-        weights = level_weights(config.score.level_weights, self.backbone.channels)
-        constants = calibrate(
-            normal, self.size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer, weights=weights
-        )
+        constants = calibration_of(model, normal, config)
         levels = stored_log_likelihoods(model, store, features.slots(split.test), _IMAGES_AT_ONCE)
         scores = score_map(levels, self.size, constants.level_max, constants.offset)
         return {name: round(v, 5) for name, v in self._areas(split, scores.anomaly_map, scores.image_score).items()}

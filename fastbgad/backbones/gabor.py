@@ -153,6 +153,10 @@ class GaborBackbone(Backbone):
         self.cells_seen.copy_(torch.tensor(moments.count))
         self._fitted = True
 
+    def without_statistics(self) -> GaborBackbone:
+        """Return a filter bank of the same levels that has seen no image."""
+        return GaborBackbone(self.levels).to(self.mean.device)
+
     def config(self) -> dict[str, Any]:
         """See `Backbone.config`."""
         return {"name": "gabor", "levels": list(self.levels)}

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import Compose, Resize
 
-from ..calibration import stored_log_likelihoods
+from ..calibration import calibration_of, stored_log_likelihoods
 from ..config import ScheduleConfig, TrainConfig
 from ..data import AnomalySynthesis, AugmentedAnomalies, Sample
 from ..errors import ConfigError, DataError, FeatureError, MissingDependencyError
 from ..features import FeatureStore, cell_mask
 from ..model import BGAD
-from ..scoring import Calibration, calibrate, level_weights
+from ..scoring import Calibration
 from .anomalib_data import anomalous_samples
 
 try:
@@ -185,16 +185,7 @@ class TrainingFeatures:
                 "the log-likelihoods of the training images are not finite: training diverged; lower the learning rate "
                 f"(lr is {self._config.schedule.lr:g})"
             )
-        loss = self._config.loss
-        weights = level_weights(self._config.score.level_weights, self._detector.backbone.channels)
-        return calibrate(
-            levels,
-            self._detector.image_size,
-            beta=loss.beta,
-            tau=loss.tau,
-            normalizer=loss.normalizer,
-            weights=weights,
-        )
+        return calibration_of(self._detector, levels, self._config)
 
     def _plan(self, images: TrainingImages, synthesise: bool) -> AugmentedAnomalies | None:
         times = self._config.anomalies.cut_paste

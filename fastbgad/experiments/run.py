@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone, Standardize, create_backbone
-from ..calibration import stored_log_likelihoods
+from ..calibration import calibration_of, stored_log_likelihoods
 from ..config import TrainConfig
 from ..data import Category, DecodedImages, Sample, Split
 from ..environment import machine, versions
@@ -27,7 +27,7 @@ from ..image_features import ImageFeatures
 from ..metrics import evaluate
 from ..model import BGAD
 from ..ops import score_map
-from ..scoring import calibrate, level_weights, official_anomaly_maps
+from ..scoring import official_anomaly_maps
 from ..training import Progress, fit, spare_slots
 from .cell_split import split_of
 from .cells import METRICS, Cell, CellResult, Dataset
@@ -151,12 +151,11 @@ class CellRunner:
         self, model: BGAD, features: ImageFeatures, normals: Sequence[Sample], config: TrainConfig
     ) -> Callable[[Sequence[Tensor]], Tensor]:
         """From log-likelihood maps of a cell's test images to anomaly maps, with the flows as they are now."""
-        size, loss = self.setup.image_size, config.loss
+        size = self.setup.image_size
         if self.setup.calibration == "official":
             return lambda levels: official_anomaly_maps(levels, size)
         levels = stored_log_likelihoods(model, features.store, features.slots(normals), _IMAGES_AT_ONCE)
-        weights = level_weights(config.score.level_weights, model.backbone.channels)
-        constants = calibrate(levels, size, beta=loss.beta, tau=loss.tau, normalizer=loss.normalizer, weights=weights)
+        constants = calibration_of(model, levels, config)
         return lambda levels: score_map(levels, size, constants.level_max, constants.offset).anomaly_map
 
     def _features_for(self, config: TrainConfig, known: int) -> ImageFeatures:
