@@ -40,12 +40,18 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Every operation, its kernels in Triton's interpreter, training, files, export and the command line, once each.
-QUICK := installation lower_bounds triton_version flow flow_native flow_packed flow_torch flow_triton_operator \
-	flow_wide_kernels log_likelihood boundary boundary_triton spp_loss spp_loss_triton score_map score_map_triton \
-	positional losses metrics features timm_features packaged standardization images demo_data files model training \
-	prediction prediction_ray export report plots cli accelerate_cflow
+QUICK := test_installation.py test_lower_bounds.py kernels/test_triton_version.py ops/flow/test_dispatcher.py \
+	ops/flow/test_compiled.py ops/flow/test_onednn.py ops/flow/test_portable.py \
+	ops/flow/test_registered_operator.py kernels/coupling/test_coupling.py ops/log_likelihood/test_dispatcher.py \
+	ops/boundary/test_dispatcher.py ops/boundary/test_registered.py ops/spp_loss/test_dispatcher.py \
+	ops/spp_loss/test_registered.py ops/score_map/test_dispatcher.py ops/score_map/test_registered.py \
+	ops/test_positional.py train/test_losses.py evaluate/test_metrics.py features/test_store.py \
+	backbones/test_timm_features.py backbones/test_packaged.py backbones/test_standardization.py \
+	data/test_images.py data/test_demo.py system/test_files.py model/test_detector.py train/test_fit.py \
+	predict/test_local.py predict/test_ray.py export/test_detector.py evaluate/test_report.py render/test_plots.py \
+	cli/test_parser.py compat/freia/test_anomalib_cflow.py
 PYTEST_QUICK := -m pytest -n auto --dist loadfile --no-loadscope-reorder -rs \
-	--deselect tests/test_export.py::test_aoti $(QUICK:%=tests/test_%.py)
+	--deselect tests/export/test_detector.py::test_aoti $(QUICK:%=tests/%)
 
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python $(PYTEST_QUICK) $(ARGS)

@@ -26,10 +26,10 @@ from official_engine import EngineResult, OfficialEngine, fast_engine  # noqa: E
 from fastbgad.backbones import create_backbone  # noqa: E402
 from fastbgad.config import TrainConfig, demo_preset  # noqa: E402
 from fastbgad.data import Split, make_demo_dataset, open_category, split_known_anomalies, stream_batches  # noqa: E402
-from fastbgad.files import write_json  # noqa: E402
-from fastbgad.metrics import aupro  # noqa: E402
+from fastbgad.evaluate.metrics import aupro  # noqa: E402
 from fastbgad.model import BGAD  # noqa: E402
 from fastbgad.ops import Impl, Precision  # noqa: E402
+from fastbgad.system.files import write_json  # noqa: E402
 
 FILE = Path(__file__).parent / "accuracy.json"
 CATEGORIES, SEEDS, SIZE = ("brick", "grass"), (0, 1, 2), (288, 288)

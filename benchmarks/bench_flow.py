@@ -39,8 +39,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastbgad import reference
-from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
+from fastbgad.model.flow import ConditionalFlow
 from fastbgad.ops import Impl, PositionalRows
 from tests.flows import double, freia_flow, relative_error
 

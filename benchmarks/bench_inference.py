@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from fastbgad import reference
 from fastbgad.backbones import create_backbone
-from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.model import BGAD
+from fastbgad.model.flow import ConditionalFlow
+from fastbgad.model.scoring import Calibration
 from fastbgad.ops import Impl, PositionalRows, score_map
-from fastbgad.scoring import Calibration
 from tests.flows import double, freia_flow
 
 OFFICIAL, BFLOAT16 = "official arithmetic", "fastbgad torch, bfloat16 backbone"

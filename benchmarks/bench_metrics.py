@@ -25,8 +25,8 @@ from scipy import ndimage
 from skimage.measure import label, regionprops
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from fastbgad.metrics import official_pro, pixel_metrics
-from fastbgad.regions import label_regions
+from fastbgad.evaluate.metrics import official_pro, pixel_metrics
+from fastbgad.evaluate.regions import label_regions
 
 N, LIMIT = 40, 0.3
 STEPS = 1000  # thresholds of the official PRO

@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from harness import Comparison, machine_kind, measure, stamped, tracked, where  # noqa: E402
 
-from fastbgad.files import write_json  # noqa: E402
+from fastbgad.system.files import write_json  # noqa: E402
 
 BASELINES = Path(__file__).parent / "baselines"
 SUITES = (

@@ -12,7 +12,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import harness  # noqa: E402
 
-from fastbgad.files import write_json  # noqa: E402
+from fastbgad.system.files import write_json  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

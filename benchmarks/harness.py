@@ -19,10 +19,10 @@ import pytest
 import torch
 from interleave import interleaved, medians, ratios
 
-from fastbgad.environment import cpu_facts, machine, versions
-from fastbgad.memory import peak_bytes
+from fastbgad.bench.memory import peak_bytes
 from fastbgad.ops import Impl, why_not_native
 from fastbgad.ops.dispatch import why_not_triton
+from fastbgad.system.environment import cpu_facts, machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 # Of the same contender wherever it takes part.

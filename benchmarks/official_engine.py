@@ -20,16 +20,16 @@ from torch.nn.functional import interpolate, logsigmoid
 
 from fastbgad import reference
 from fastbgad.backbones import Backbone
-from fastbgad.calibration import stored_log_likelihoods
 from fastbgad.config import TrainConfig
 from fastbgad.data import AnomalySynthesis, AugmentedAnomalies, DecodedImages, Split, load_sample
+from fastbgad.evaluate.metrics import evaluate
+from fastbgad.features.image_features import ImageFeatures
 from fastbgad.flow_spec import FlowSpec
-from fastbgad.image_features import ImageFeatures
-from fastbgad.metrics import evaluate
 from fastbgad.model import BGAD
-from fastbgad.schedule import image_batches, learning_rate
-from fastbgad.scoring import official_anomaly_maps
-from fastbgad.training import fit, spare_slots
+from fastbgad.model.calibration import stored_log_likelihoods
+from fastbgad.model.scoring import official_anomaly_maps
+from fastbgad.train.fit import fit, spare_slots
+from fastbgad.train.schedule import image_batches, learning_rate
 from tests.flows import freia_flow
 from tests.official_loop import LAMBDA, loss_terms, patch_rows, plain
 

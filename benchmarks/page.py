@@ -33,7 +33,7 @@ from page_plots import Family, Line, families, lines, picture  # noqa: E402
 from page_sources import PageError, Source, read_sources  # noqa: E402
 from roofline import LEVELS, flow_bytes, flow_flops, image_bytes, image_flops  # noqa: E402
 
-from fastbgad.files import write_text  # noqa: E402
+from fastbgad.system.files import write_text  # noqa: E402
 
 RESOLUTIONS = (256, 512, 1024, 2048, 4096)
 KERNELS = "fastbgad triton"

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from real_sets.command import run_command, write_page
 
     from fastbgad.errors import FastBGADError
-    from fastbgad.training import InterruptedTraining
+    from fastbgad.train.fit import InterruptedTraining
 
     try:
         return write_page(options) if options.page else run_command(options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastbgad.roofline import flow_bytes, flow_flops
+from fastbgad.bench.roofline import flow_bytes, flow_flops
 
 __all__ = ["LEVELS", "flow_bytes", "flow_flops", "image_bytes", "image_flops"]
 

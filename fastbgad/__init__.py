@@ -14,19 +14,19 @@
 from __future__ import annotations
 
 from .backbones import Backbone, create_backbone
-from .compat.acceleration import accelerate, restore
+from .compat.freia.accelerate import accelerate, restore
 from .config import TrainConfig, demo_preset
 from .data import Category, Sample, Split, open_category, split_known_anomalies
 from .errors import FastBGADError
-from .evaluation import Evaluation, evaluate_model
-from .flow import ConditionalFlow
+from .evaluate.evaluation import Evaluation, evaluate_model
+from .evaluate.metrics import aupro, auroc, official_pro
 from .flow_spec import CouplingWeights, FlowSpec
-from .metrics import aupro, auroc, official_pro
-from .model import BGAD, Prediction
+from .model.detector import BGAD, Prediction
+from .model.flow import ConditionalFlow
 from .ops import PositionalRows
-from .positional import positional_rows
-from .prediction import find_images, predict_files
-from .training import fit
+from .ops.positional_tensor import positional_rows
+from .predict.local import find_images, predict_files
+from .train.fit import fit
 
 __all__ = [
     "BGAD",

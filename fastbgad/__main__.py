@@ -13,9 +13,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for wrong input or configuration, 130 after Ctrl-C."""
     # Imported late: Ctrl-C and a missing extra during the imports get their message too.
     try:
-        from . import commands
-        from .cli import parse
-        from .training import InterruptedTraining
+        from .cli import commands
+        from .cli.parser import parse
+        from .train.fit import InterruptedTraining
     except FastBGADError as error:
         print(f"fastbgad: {error}", file=sys.stderr)
         return 2
@@ -38,7 +38,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
     if not issubclass(category, Notice):
         print(f"fastbgad: warning: {message}", file=sys.stderr)
         return
-    from .ranks import find_place
+    from .system.ranks import find_place
 
     # Processes that were started together make the same choice; one of them tells.
     if find_place().is_first:

@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 from .flow_spec import ClampForm, FlowSpec, GlobalAffine
 from .ops import MlForm, Reduction
-from .ops.boundary import check_boundary_options
-from .scoring import LevelWeights
+from .ops.boundary.dispatcher import check_boundary_options
 
 CellLabels = Literal["nearest", "any"]
+LevelWeights = Literal["channels", "equal"]
+"""How much each level counts in the anomaly map: in proportion to its channels, or alike as in the official code."""
 Method = Literal["nfad", "bgad_without", "bgad_dagger", "bgad"]
 
 METHOD_NAMES: dict[str, str] = {

@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .tiles import TilesError, use_tiles, write_json
+from .tile_sizes import TilesError, use_tiles, write_json
 from .triton_version import triton_version, why_not_this_triton
 from .variant import MODULES, Variant, reason
 

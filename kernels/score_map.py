@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import tiles as chosen_tiles
+from .tile_sizes import tiles as chosen_tiles
 from .variant import TuningCase, Variant
 
 INT32_LIMIT = 2**31

@@ -5,7 +5,7 @@
 
 Every candidate's outputs are compared with those of the default tiles first; one that differs, or that this GPU cannot
 launch, is refused with its reason. The rest take turns, so that a change of the clock meets all of them. A file
-written elsewhere than in the configs folder is taken into use by `fastbgad.kernels.tiles.use_tiles(path)`.
+written elsewhere than in the configs folder is taken into use by `fastbgad.kernels.tile_sizes.use_tiles(path)`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tiles import CONFIGS, DEFAULT, TilesError, default_tiles, forget, read_json, read_tuned, slug, write_json
+from .tile_sizes import CONFIGS, DEFAULT, TilesError, default_tiles, forget, read_json, read_tuned, slug, write_json
 from .triton_version import triton_version, why_not_this_triton
 from .variant import MODULES, TuningCase, reason
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Every kernel module; each has `variants()`, and `tuning_cases()` where tile sizes are a choice.
-MODULES = ("log_likelihood", "boundary", "spp_loss", "score_map", "flow_variants", "coupling")
+MODULES = ("log_likelihood", "boundary", "spp_loss", "score_map", "flow.variants", "coupling.variants")
 
 
 class Variant(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastbgad.data import Category
-from fastbgad.experiments.cells import METRICS, Cell, CellResult
+from fastbgad.experiments.plan.cells import METRICS, Cell, CellResult
 
 
 def some_cells(categories: Sequence[str] = ("carpet", "screw"), seeds: int = 2) -> tuple[Cell, ...]:

@@ -47,7 +47,7 @@ def interpreter_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Which rows are staged in memory (BK) stays as it ships.
     """
-    from fastbgad.kernels.tiles import default_tiles
+    from fastbgad.kernels.tile_sizes import default_tiles
 
     tiles = {
         kernel: {key: {**sizes, "BM": 256 if "weight" in kernel else 64, "BH": 64} for key, sizes in entries.items()}
@@ -62,7 +62,7 @@ def interpreter_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def large_tiles(interpreter_tiles: Path, device: torch.device) -> Iterator[None]:
     """The flow's kernels with `interpreter_tiles`; on a GPU with the tiles that ship."""
-    from fastbgad.kernels.tiles import use_tiles
+    from fastbgad.kernels.tile_sizes import use_tiles
 
     use_tiles(interpreter_tiles if device.type == "cpu" else None)
     yield

@@ -8,9 +8,9 @@ import torch
 
 from fastbgad.backbones import create_backbone
 from fastbgad.config import FlowConfig
-from fastbgad.export_check import check_images, outputs_of
+from fastbgad.export.check import check_images, outputs_of
 from fastbgad.model import BGAD
-from fastbgad.scoring import Calibration, calibrate
+from fastbgad.model.scoring import Calibration, calibrate
 
 SMALL = FlowConfig(coupling_layers=2, condition_channels=16)
 

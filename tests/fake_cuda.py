@@ -128,7 +128,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture
 def captures_on_cpu(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """The same, where a capture also concerns tensors of the CPU: it is what code with a device of its own sees."""
-    from fastbgad.kernels import device_cache, flow_pack
+    from fastbgad.kernels import device_cache
+    from fastbgad.kernels.flow import pack as flow_pack
     from fastbgad.ops import positional
 
     for module in (device_cache, flow_pack, positional):

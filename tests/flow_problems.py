@@ -8,7 +8,7 @@ from torch import Tensor
 from fastbgad import reference
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.ops import FlowOutput, Geometry, PositionalRows, Precision, flow_forward, pack_flow
-from fastbgad.ops.flow_triton import flow_train
+from fastbgad.ops.flow.registered import flow_train
 from tests.flows import active_units, double, lively_flow, reference_with_masks
 
 HEIGHT, WIDTH = 11, 7

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbgad import reference
-from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
+from fastbgad.model.flow import ConditionalFlow
 
 if TYPE_CHECKING:
     import FrEIA.framework as Ff

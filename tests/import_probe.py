@@ -23,7 +23,7 @@ import site
 import sys
 import traceback
 
-MODULES = ("fastbgad", "fastbgad.kernels", "fastbgad.kernels.tiles", "fastbgad.ops", "fastbgad.experiments")
+MODULES = ("fastbgad", "fastbgad.kernels", "fastbgad.kernels.tile_sizes", "fastbgad.ops", "fastbgad.experiments")
 # What fastbgad imports of others.
 PRELOADED = ("numpy", "PIL.Image", "safetensors.torch", "scipy.ndimage", "torch", "torchvision")
 

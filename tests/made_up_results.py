@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastbgad.experiments.cells import Cell, CellResult
-from fastbgad.experiments.plan import RowPlan, SweepPlan, SweepPoint, TablePlan
-from fastbgad.experiments.published import PublishedCell
+from fastbgad.experiments.plan.cells import Cell, CellResult
+from fastbgad.experiments.plan.plan import RowPlan, SweepPlan, SweepPoint, TablePlan
+from fastbgad.experiments.plan.published import PublishedCell
 
 WRITTEN = {"nfad": "NFAD", "bgad": "BGAD", "cflow_ad": "CFLOW-AD"}
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastbgad.experiments.protocol_file import dataset_facts
+from fastbgad.experiments.plan.protocol_file import dataset_facts
 
 GREY = ("grid", "screw", "zipper")
 """Categories that MVTec AD stores as grey images."""

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 from .make_data import make_mvtec
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -61,5 +63,5 @@ def test_anomalib_bgad(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    tested = Path(__file__).read_text() + (Path(__file__).parent / "test_export.py").read_text()
+    tested = Path(__file__).read_text() + (ROOT / "tests" / "export" / "test_detector.py").read_text()
     assert all(path.name in tested for path in EXAMPLES.glob("*.py"))

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("fastbgad", "kernels", "tests", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+from tests import ROOT
+
+SOURCES = ("fastbgad", "kernels", "tests", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 STUB = "fastbgad/kernels/__init__.py"  # leads a checkout to its kernels; a wheel has them in its place
 
 
@@ -119,7 +120,7 @@ def test_imports(case: str, home: str, kernels: str, found: dict[str, dict[str, 
     assert files == {
         "fastbgad": "fastbgad/__init__.py",
         "fastbgad.kernels": f"{kernels}/__init__.py",
-        "fastbgad.kernels.tiles": f"{kernels}/tiles.py",
+        "fastbgad.kernels.tile_sizes": f"{kernels}/tile_sizes.py",
         "fastbgad.ops": "fastbgad/ops/__init__.py",
         "fastbgad.experiments": "fastbgad/experiments/__init__.py",
     }
@@ -139,6 +140,6 @@ def test_the_source_distribution_holds_what_a_build_needs(checkout: Path, sdist:
     """No tests: half of them test benchmarks, examples and pages, which belong to the repository, too."""
     assert files_below(sdist, "fastbgad", "kernels") == files_below(checkout, "fastbgad", "kernels")
     assert {path.name for path in sdist.iterdir()} == {
-        "fastbgad", "kernels", "fastbgad.egg-info", "pyproject.toml", "setup.cfg", "PKG-INFO", "MANIFEST.in",
-        "README.md", "LICENSE",
+        "fastbgad", "kernels", "fastbgad.egg-info", "pyproject.toml", "setup.py", "setup.cfg", "PKG-INFO",
+        "MANIFEST.in", "README.md", "LICENSE",
     }  # fmt: skip

@@ -6,14 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from fastbgad.kernels.triton_version import LOWEST
+from tests import ROOT
 from tests.lower_bounds import PYPROJECT, BoundsError, lower_bounds
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads(PYPROJECT.read_text())["project"]
 
 

@@ -9,10 +9,10 @@ from scipy import ndimage
 
 from fastbgad.data import open_category, split_known_anomalies
 from fastbgad.data.images import read_image, read_mask
-from fastbgad.experiments.plan import cells_of
-from fastbgad.experiments.protocol import make_plan, names
-from fastbgad.experiments.protocol_file import dataset_facts
-from fastbgad.metrics import auroc
+from fastbgad.evaluate.metrics import auroc
+from fastbgad.experiments.plan.plan import cells_of
+from fastbgad.experiments.plan.protocol import make_plan, names
+from fastbgad.experiments.plan.protocol_file import dataset_facts
 from tests.miniature import BTAD_SUFFIXES, GREY, MASK_FORMATS, Miniature, make_miniature, save_mask
 
 CATEGORIES = [("mvtec", name) for name in dataset_facts("mvtec").images] + [("btad", name) for name in BTAD_SUFFIXES]

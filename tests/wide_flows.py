@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastbgad import reference
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
-from fastbgad.kernels.tiles import use_tiles
-from fastbgad.ops import PositionalRows, Precision, flow_wide
+from fastbgad.kernels.tile_sizes import use_tiles
+from fastbgad.ops import PositionalRows, Precision
+from fastbgad.ops.flow import wide as flow_wide
 from tests.flows import double, lively_flow, reference_with_masks
 
 PRECISIONS = ["float32", "float16"]

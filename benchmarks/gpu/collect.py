@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbgad.files import write_json
-from fastbgad.kernels.tiles import CONFIGS, TilesError, read_json, read_tuned, slug
+from fastbgad.kernels.tile_sizes import CONFIGS, TilesError, read_json, read_tuned, slug
+from fastbgad.system.files import write_json
 
 from .checkout import checkout
 from .records import RECORDS, TROUBLES, Record, RecordError, read_records

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastbgad import accelerate, positional_rows, reference
-from fastbgad.flow import ConditionalFlow
+from fastbgad.bench.roofline import flow_bytes, flow_flops
 from fastbgad.flow_spec import FlowSpec
+from fastbgad.model.flow import ConditionalFlow
 from fastbgad.ops import PositionalRows
-from fastbgad.roofline import flow_bytes, flow_flops
 from tests.flows import double, freia_flow
 
 from .case import COMPILED, EAGER, FREIA, GRAPH, KERNELS, PORTABLE, Case, Contender, SkippedError, graph_of

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastbgad.roofline import measure_ceilings
+from fastbgad.bench.roofline import measure_ceilings
 
 from .case import KERNELS, Case, measure
 from .context import Context, Found, Items

@@ -1,6 +1,6 @@
 """A pytest plugin: tell the supervisor of every test, and run only those that are left.
 
-    python -m pytest -p benchmarks.gpu.pytest_events -m equivalence tests/test_boundary_triton.py
+    python -m pytest -p benchmarks.gpu.pytest_events -m equivalence tests/ops/boundary/test_registered.py
 
 WANTED (JSON, in the environment) holds the ids of the tests to run; without it all of them run.
 """

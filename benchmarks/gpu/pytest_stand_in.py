@@ -1,6 +1,6 @@
 """A pytest plugin: every kernel that a test launches is compiled for a GPU as its launch asks for, and does not run.
 
-    python -O -m pytest --assert=plain -p benchmarks.gpu.pytest_stand_in tests/test_boundary_triton.py
+    python -O -m pytest --assert=plain -p benchmarks.gpu.pytest_stand_in tests/ops/boundary/test_registered.py
 
 Outputs hold whatever was in memory, so nothing may be asserted: -O and --assert=plain leave the assertions out. What
 counts is in the file that LOG names (in the environment): a line of JSON for every launch's kernel, and one for every

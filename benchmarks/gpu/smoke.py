@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fastbgad import reference
-from fastbgad.environment import machine, versions
-from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
-from fastbgad.kernels.flow_weights import FlowWeights
+from fastbgad.kernels.flow.weights import FlowWeights
+from fastbgad.model.flow import ConditionalFlow
 from fastbgad.ops import Geometry, PositionalRows, boundary, flow_forward, log_likelihood, score_map, spp_loss
-from fastbgad.ops.flow_triton import _plain_pack, flow_pack, stacked_codes
+from fastbgad.ops.flow.registered import _plain_pack, flow_pack, stacked_codes
+from fastbgad.system.environment import machine, versions
 from tests.flows import double, lively_flow
 
 from . import carried
@@ -256,7 +256,7 @@ def _packing(make: Callable[[str], _Flow]) -> Pairs:
 
 def _captured(context: Context) -> Found:
     """Compare the weights that captured steps leave with those of the same steps launched one by one."""
-    from fastbgad.training_graph import CapturedSteps
+    from fastbgad.train.graph import CapturedSteps
 
     from .training_cases import TrainingStep
 

@@ -19,12 +19,17 @@ TILES = "tiles.json"
 
 # Whose tests speak for which operation; each file runs in a process of its own.
 EQUIVALENCE = {
-    "flow": ("test_flow_pack.py", "test_flow_triton.py", "test_flow_wide.py", "test_accelerate.py"),
-    "training steps": ("test_training_graph.py",),
-    "spp_loss": ("test_spp_loss_triton.py",),
-    "boundary": ("test_boundary_triton.py",),
-    "log_likelihood": ("test_log_likelihood.py",),
-    "score_map": ("test_score_map_triton.py",),
+    "flow": (
+        "kernels/flow/test_pack.py",
+        "ops/flow/test_registered.py",
+        "ops/flow/test_wide.py",
+        "compat/freia/test_accelerate.py",
+    ),
+    "training steps": ("train/test_graph.py",),
+    "spp_loss": ("ops/spp_loss/test_registered.py",),
+    "boundary": ("ops/boundary/test_registered.py",),
+    "log_likelihood": ("ops/log_likelihood/test_dispatcher.py",),
+    "score_map": ("ops/score_map/test_registered.py",),
 }
 
 

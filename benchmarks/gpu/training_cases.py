@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastbgad import reference
-from fastbgad.flow import ConditionalFlow
 from fastbgad.flow_spec import FlowSpec
+from fastbgad.model.flow import ConditionalFlow
 from fastbgad.ops import PositionalRows, spp_loss
 from tests.flows import double
 
@@ -51,7 +51,7 @@ class TrainingStep:
         self._update(spp_loss(lp, self.anomalous, self.channels, focal=True, impl=impl).total)
 
     def on_rows(self, rows: Tensor, first_phase: bool) -> None:
-        """Take the step that `fastbgad.training_graph.CapturedSteps` captures."""
+        """Take the step that `fastbgad.train.graph.CapturedSteps` captures."""
         self.rows = rows
         self.fast("triton")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastbgad.kernels.tiles import CONFIGS, slug
+from fastbgad.kernels.tile_sizes import CONFIGS, slug
 from fastbgad.kernels.tune import Precompiling, collect, describe_machine, graph_stopwatch, store, tune
 from fastbgad.kernels.variant import MODULES, TuningCase
 

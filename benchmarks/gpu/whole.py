@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from fastbgad.backbones import create_backbone
+from fastbgad.bench.images import generate_images
+from fastbgad.bench.meter import ThroughputConfig, ThroughputMeter
 from fastbgad.config import AnomalyConfig, ScheduleConfig, TrainConfig, demo_preset
 from fastbgad.data import open_category, split_known_anomalies
 from fastbgad.errors import FeatureError
-from fastbgad.evaluation import evaluate_model, metrics_dict
+from fastbgad.evaluate.evaluation import evaluate_model, metrics_dict
 from fastbgad.model import BGAD
 from fastbgad.ops import Impl
-from fastbgad.throughput import ThroughputConfig, ThroughputMeter
-from fastbgad.throughput_images import generate_images
-from fastbgad.training import fit
+from fastbgad.train.fit import fit
 
 from .category import write_category
 from .context import Context, Found, Items

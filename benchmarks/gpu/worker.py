@@ -72,7 +72,7 @@ def prepare(context: Context) -> list[bool]:
         from .stand_in_driver import listen
 
         listen(lambda compilation: compiled.append(compilation.cache_hit))
-    from fastbgad.kernels.tiles import UntunedGPUWarning, use_tiles
+    from fastbgad.kernels.tile_sizes import UntunedGPUWarning, use_tiles
 
     warnings.simplefilter("ignore", UntunedGPUWarning)
     if context.tiles and Path(context.tiles).exists():

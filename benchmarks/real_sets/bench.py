@@ -13,18 +13,18 @@ from torch import Tensor
 
 from fastbgad.backbones import Backbone
 from fastbgad.backbones.timm_features import TimmBackbone, whole_state
-from fastbgad.calibration import calibration_of, stored_log_likelihoods
 from fastbgad.config import CellLabels, TrainConfig, demo_preset
 from fastbgad.data import Category, DecodedImages, Split
 from fastbgad.errors import ConfigError
-from fastbgad.experiments.cells import Cell
-from fastbgad.experiments.peers import run_peer
-from fastbgad.experiments.setup import Setup
-from fastbgad.image_features import ImageFeatures
-from fastbgad.metrics import evaluate
+from fastbgad.evaluate.metrics import evaluate
+from fastbgad.experiments.peers.peers import run_peer
+from fastbgad.experiments.plan.cells import Cell
+from fastbgad.experiments.plan.setup import Setup
+from fastbgad.features.image_features import ImageFeatures
 from fastbgad.model import BGAD
+from fastbgad.model.calibration import calibration_of, stored_log_likelihoods
 from fastbgad.ops import score_map
-from fastbgad.training import fit, spare_slots
+from fastbgad.train.fit import fit, spare_slots
 
 from .gaussian import RIDGE, gaussian_maps
 from .grid import CONVERGENCE, GAUSSIAN, LEARN_FROM_ANOMALIES, OURS, TRAINED_PEERS, Run

@@ -16,9 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from fastbgad.data import Split
-from fastbgad.files import write_text, write_with
-from fastbgad.plots import heat_overlay, mask_contour
-from fastbgad.thumbnails import jpeg_address, shrink_map, shrink_mask, thumbnail
+from fastbgad.render.plots import heat_overlay, mask_contour
+from fastbgad.render.thumbnails import jpeg_address, shrink_map, shrink_mask, thumbnail
+from fastbgad.system.files import write_text, write_with
 
 from .bench import Bench
 from .grid import CONVERGENCE, METHODS, Run

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbgad.errors import FastBGADError
-from fastbgad.files import write_json, write_text
+from fastbgad.system.files import write_json, write_text
 
 from .grid import METHODS, Run
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from harness import stamped
 
-from fastbgad.environment import machine
 from fastbgad.errors import FastBGADError
-from fastbgad.experiments.claims import Claims
-from fastbgad.training import InterruptedTraining
+from fastbgad.experiments.running.claims import Claims
+from fastbgad.system.environment import machine
+from fastbgad.train.fit import InterruptedTraining
 
 from .bench import Bench, decisions, labels_of, split_counts
 from .gallery import keep_pictures

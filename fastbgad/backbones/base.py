@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import checksum
 from ..errors import FeatureError
+from ..system.checkpoint import checksum
 from .standardization import Standardization
 
 # Resizing with a sharp kernel overshoots [0, 1] a little, which is harmless; images in 0..255, or already divided by

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensor_state import TensorState, tensor_state
+from ..ops.tensor_state import TensorState, tensor_state
 
 # In units of a result's largest value: rounding of folded weights, through all layers.
 TOLERANCE = 1e-3

@@ -25,7 +25,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from ..errors import ConfigError, MissingDependencyError, OutputError
-from ..files import make_folder, sha256, write_json
+from ..system.files import make_folder, sha256, write_json
 
 CATEGORIES = ("brick", "grass", "gravel")
 MANIFEST = "demo.json"

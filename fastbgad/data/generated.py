@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError, OutputError
-from ..files import make_folder
+from ..system.files import make_folder
 
 # Each octave halves the size of its structures and their contrast, as the spectra of photographs fall.
 _OCTAVES = 6

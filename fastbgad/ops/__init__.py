@@ -5,16 +5,16 @@ else "native", compiled C++, for the flow where there is a compiler; else "torch
 is the oracle. An explicit choice never falls back silently.
 """
 
-from .boundary import Boundary, boundary
+from .boundary.dispatcher import Boundary, boundary
 from .debug import debug_checks
 from .dispatch import Impl, Precision, resolve_impl
-from .flow import FlowOutput, flow_forward, flow_inverse
-from .flow_triton import FlowPack, Geometry, pack_flow
-from .log_likelihood import log_likelihood
-from .native_build import why_not_native
+from .flow.dispatcher import FlowOutput, flow_forward, flow_inverse
+from .flow.registered import FlowPack, Geometry, pack_flow
+from .log_likelihood.dispatcher import log_likelihood
+from .native.build import why_not_native
 from .positional import PositionalRows
-from .score_map import ScoreMap, score_map
-from .spp_loss import MlForm, Reduction, contrastive_loss, spp_loss
+from .score_map.dispatcher import ScoreMap, score_map
+from .spp_loss.dispatcher import MlForm, Reduction, contrastive_loss, spp_loss
 
 __all__ = [
     "Boundary",

@@ -1,0 +1,398 @@
+"""Checkpoint files of other code: the official BGAD, CFLOW-AD and anomalib's Cflow, recognised by what they hold.
+
+A file is only ever read by PyTorch's restricted unpickler: classes that it does not know become inert stand-ins, and
+nothing in a file is executed. What the flows look like is deduced from the shapes of their tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..ops.permutations import is_permutation_matrix, permutation_matrix
+from ..system.files import atomic_path
+
+Kind = Literal["bgad", "cflow-ad", "anomalib"]
+Permutation = Literal["rotation", "matrix", "index"]
+
+KIND_NAMES: dict[str, str] = {"bgad": "official BGAD", "cflow-ad": "CFLOW-AD", "anomalib": "anomalib Cflow"}
+"""What people call each kind of checkpoint."""
+
+_READABLE = "convert reads the .pt files of the official BGAD and of CFLOW-AD, and the .ckpt files of anomalib's Cflow"
+_ENCODER = "encoder.feature_extractor."  # where anomalib keeps timm's model
+_SHOWN = 3
+# The tensors of one FrEIA AllInOneBlock whose subnet is Linear, ReLU, Linear.
+_BLOCK = (
+    "global_scale",
+    "global_offset",
+    "w_perm",
+    "w_perm_inv",
+    "subnet.0.weight",
+    "subnet.0.bias",
+    "subnet.2.weight",
+    "subnet.2.bias",
+)
+
+
+class FlowShape(NamedTuple):
+    """What the tensors of a flow say about it."""
+
+    channels: int
+    condition_channels: int  # 0 for an unconditional flow
+    coupling_layers: int
+    permutation: Permutation  # general rotations; permutation matrices; or indices, as FrEIA's main branch stores them
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A checkpoint of other code, read and checked, its flows one per level.
+
+    Attributes:
+        path: the file.
+        kind: whose it is.
+        encoder: the backbone's tensors under their own names; empty if the file has none.
+        decoders: per level the state dict of FrEIA's `SequenceINN`, as it stands in the file.
+        flows: per level what it describes.
+        backbone: timm's name of the backbone, where the file says it.
+        layers: names or indices of the feature levels, where the file says them.
+        clamp: bound of the log-scale, where the file says it.
+        image_size: (height, width) in pixels, where the file says it.
+        mean: three values that images in [0, 1] are reduced by, where the file says them.
+        std: three values that they are then divided by.
+        notes: what the file asks for and fastbgad does otherwise, in whole sentences.
+    """
+
+    path: Path
+    kind: Kind
+    encoder: dict[str, Tensor]
+    decoders: tuple[dict[str, Tensor], ...]
+    flows: tuple[FlowShape, ...]
+    backbone: str | None = None
+    layers: tuple[str | int, ...] = ()
+    clamp: float | None = None
+    image_size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_foreign(path: str | Path) -> ForeignCheckpoint:
+    """Reads a checkpoint of the official BGAD, of CFLOW-AD or of anomalib's Cflow, without running any code in it.
+
+    Raises:
+        CheckpointError: no such file, damaged, none of the three, or a flow that fastbgad does not have.
+    """
+    path = Path(path)
+    content = _load(path)
+    if isinstance(content, Mapping) and "decoder_state_dict" in content:
+        return _from_state_dicts(path, content)
+    if isinstance(content, Mapping):
+        state = content.get("state_dict", content)
+        if isinstance(state, Mapping) and any(re.match(r"(model\.)?decoders\.0\.module_list\.", str(k)) for k in state):
+            return _from_anomalib(path, content, state)
+        found = f"holds {_listed(map(str, state if isinstance(state, Mapping) else content))}"
+    else:
+        found = f"holds a {type(content).__name__}"
+    raise CheckpointError(f"{path} {found} and no flows of FrEIA: {_READABLE}")
+
+
+def write_foreign(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes a checkpoint with `torch.save`, atomically; raises `OutputError` if that is not possible."""
+    # Through an open file: given a path, torch.save would write the temporary file's name into the archive.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(content), file)
+
+
+def our_state(decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A flow's tensors as `fastbgad.ConditionalFlow` loads them: float32, permutations as matrices [C, C]."""
+    state = {}
+    for key, tensor in decoder.items():
+        if not tensor.is_floating_point():
+            tensor = permutation_matrix(tensor, torch.float32)
+        state[key] = tensor.float()
+    return state
+
+
+def foreign_state(flow: Mapping[str, Tensor], permutation: Permutation) -> dict[str, Tensor]:
+    """The state dict of `fastbgad.ConditionalFlow` as FrEIA loads it, on the CPU: the inverse of `our_state`."""
+    state = {}
+    for key, tensor in flow.items():
+        tensor = tensor.detach().cpu()
+        if permutation == "index" and key.rpartition(".")[2] in ("w_perm", "w_perm_inv"):
+            tensor = tensor.argmax(dim=1)
+        state[key] = tensor.clone(memory_format=torch.contiguous_format)
+    return state
+
+
+# ----------------------------------------------------------------- reading
+
+
+class _Inert:
+    """Stands in for whatever a checkpoint holds besides tensors and plain values; takes anything, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; {_READABLE}")
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if not unknown:
+                raise
+        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Damage and refusals come as many kinds of errors. What the unpickler itself says is advice to load unsafely.
+        detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint of PyTorch{detail}: it is damaged, of another format, or holds "
+            f"Python objects that are not loaded for safety; copy it again from its source. {_READABLE}"
+        ) from error
+
+
+def _from_state_dicts(path: Path, content: Mapping[str, Any]) -> ForeignCheckpoint:
+    """The official BGAD's and CFLOW-AD's layout: an encoder and a list of decoders."""
+    encoder = _tensors(path, content.get("encoder_state_dict", {}), "encoder_state_dict")
+    listed = content["decoder_state_dict"]
+    if isinstance(listed, Mapping) and any(str(key).startswith("module_list.") for key in listed):
+        listed = [listed]  # a single decoder
+    elif isinstance(listed, Mapping):
+        listed = _by_number(path, {str(key): value for key, value in listed.items()})
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise CheckpointError(f"{path} has no flows in its decoder_state_dict; save it again from the trained model")
+    decoders = tuple(_tensors(path, state, f"decoder {level + 1}") for level, state in enumerate(listed))
+    flows = _describe(path, decoders)
+    return ForeignCheckpoint(path, _whose(path, encoder, flows), encoder, decoders, flows)
+
+
+def _from_anomalib(path: Path, content: Mapping[str, Any], state: Mapping[str, Any]) -> ForeignCheckpoint:
+    """anomalib's layout: the state dict of the Lightning module, hyperparameters and the preprocessing beside it."""
+    everything = {str(key).removeprefix("model."): value for key, value in state.items()}
+    encoder = {k.removeprefix(_ENCODER): value for k, value in everything.items() if k.startswith(_ENCODER)}
+    numbered = {k.removeprefix("decoders."): value for k, value in everything.items() if k.startswith("decoders.")}
+    decoders = tuple(
+        _tensors(path, part, f"decoder {level + 1}") for level, part in enumerate(_by_number(path, numbered))
+    )
+    known = content.get("hyper_parameters") if content is not state else None
+    known = known if isinstance(known, Mapping) else {}
+    backbone, layers, clamp = known.get("backbone"), known.get("layers"), known.get("clamp_alpha")
+    layers = tuple(layer for layer in layers if isinstance(layer, (str, int))) if _is_sequence(layers) else ()
+    if layers and len(layers) != len(decoders):
+        raise CheckpointError(
+            f"{path} names {len(layers)} layers ({', '.join(map(str, layers))}) but holds {len(decoders)} flows, so "
+            "that levels are missing; save it again from the trained model"
+        )
+    size, mean, std, notes = _preprocessing(content.get("anomalib_pre_processor_config"))
+    return ForeignCheckpoint(
+        path,
+        "anomalib",
+        _tensors(path, encoder, "encoder"),
+        decoders,
+        _describe(path, decoders),
+        backbone=backbone if isinstance(backbone, str) else None,
+        layers=layers,
+        clamp=float(clamp) if isinstance(clamp, (int, float)) else None,
+        image_size=size,
+        mean=mean,
+        std=std,
+        notes=notes,
+    )
+
+
+def _preprocessing(
+    config: object,
+) -> tuple[tuple[int, int] | None, tuple[float, ...] | None, tuple[float, ...] | None, tuple[str, ...]]:
+    """Image size, mean and deviation in anomalib's description of its transform, and what else it would do."""
+    size: tuple[int, int] | None = None
+    mean = std = None
+    notes = []
+    for name, args in _transforms(config.get("transform") if isinstance(config, Mapping) else None):
+        given = args.get("size")
+        if name == "Normalize" and _is_sequence(args.get("mean")) and _is_sequence(args.get("std")):
+            mean, std = tuple(map(float, args["mean"])), tuple(map(float, args["std"]))
+        elif name == "Resize" and _is_sequence(given) and len(given) == 2:
+            size = int(given[0]), int(given[1])
+        else:
+            notes.append(f"anomalib also applied {name} to images, which is not taken over.")
+    return size, mean, std, tuple(notes)
+
+
+def _transforms(spec: object) -> list[tuple[str, Mapping[str, Any]]]:
+    """Class name and arguments of every transform in anomalib's nested description."""
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("init_args"), Mapping):
+        return []
+    name, args = str(spec.get("class_path", "")).rpartition(".")[2], spec["init_args"]
+    if name == "Compose" and _is_sequence(args.get("transforms")):
+        return [inner for part in args["transforms"] for inner in _transforms(part)]
+    return [(name, args)]
+
+
+def _by_number(path: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts "0.*", "1.*", ... of a module list."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        number, _, rest = key.partition(".")
+        parts.setdefault(number, {})[rest] = value
+    missing = [str(level) for level in range(len(parts)) if str(level) not in parts]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks the flow of level {', '.join(missing)} (counted from 0) of {len(parts)}; save it again from "
+            "the trained model"
+        )
+    return [parts[str(level)] for level in range(len(parts))]
+
+
+def _tensors(path: Path, state: object, what: str) -> dict[str, Tensor]:
+    """A state dict without the prefix of data parallel training, or the error that it is none."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: {what} is no dict of tensors; save it again with the model's `state_dict()`")
+    tensors = {str(key): value.detach() for key, value in state.items()}
+    if tensors and all(key.startswith("module.") for key in tensors):
+        return {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+# ------------------------------------------------------------- recognising
+
+
+def _whose(path: Path, encoder: Mapping[str, Tensor], flows: tuple[FlowShape, ...]) -> Kind:
+    """The official BGAD and CFLOW-AD save the same layout; their encoders differ.
+
+    The official BGAD takes timm's `features_only` levels 1 to L; CFLOW-AD takes the last L <= 3 layers of a ResNet of
+    its own.
+    """
+    # Whole classifiers with hooks inside their blocks, where no level of a `features_only` model is.
+    if any(re.match(r"(conv_head|blocks\.0\.attn|\d+\.(\d+|block))\.", key) for key in encoder):
+        raise CheckpointError(
+            f"{path} is a CFLOW-AD checkpoint whose encoder is no ResNet: it takes features from within the blocks of "
+            "its network, where no backbone of fastbgad does; train again with `fastbgad train --method nfad`"
+        )
+    last = [f"layer{stage}" for stage in range(5 - len(flows), 5)]
+    if 1 <= len(flows) <= 3 and [_stage_channels(encoder, stage) for stage in last] == [f.channels for f in flows]:
+        return "cflow-ad"
+    return "bgad"
+
+
+def _stage_channels(encoder: Mapping[str, Tensor], stage: str) -> int | None:
+    """Channels of a ResNet's layer: those of the last normalisation of its first block."""
+    norms = [key for key in encoder if re.fullmatch(rf"{stage}\.0\.bn\d\.weight", key)]
+    return len(encoder[max(norms)]) if norms else None
+
+
+def _describe(path: Path, decoders: tuple[dict[str, Tensor], ...]) -> tuple[FlowShape, ...]:
+    flows = tuple(_shape(f"{path}: flow {level + 1}", state) for level, state in enumerate(decoders))
+    for what in ("condition_channels", "coupling_layers", "permutation"):
+        values = [getattr(flow, what) for flow in flows]
+        if len(set(values)) > 1:
+            raise CheckpointError(
+                f"{path}: its flows differ in {what.replace('_', ' ')} ({', '.join(map(str, values))}), which no "
+                "model of fastbgad does; train again with `fastbgad train`"
+            )
+    return flows
+
+
+def _shape(where: str, state: Mapping[str, Tensor]) -> FlowShape:
+    """What a flow's tensors describe; `CheckpointError` if that is no flow of fastbgad."""
+    blocks: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"module_list\.(\d+)\.(.+)", key)
+        if match is None:
+            _refuse(where, f"has {key}, which belongs to no SequenceINN of FrEIA")
+        blocks.setdefault(int(match[1]), {})[match[2]] = tensor
+    if not blocks or sorted(blocks) != list(range(len(blocks))):
+        _refuse(where, f"has the coupling layers {sorted(blocks)}, which are not all from 0 on")
+    shapes = [_block(f"{where}, coupling layer {n}", blocks[n]) for n in range(len(blocks))]
+    channels, condition, _ = shapes[0]
+    if any(shape[:2] != (channels, condition) for shape in shapes):
+        _refuse(where, "has coupling layers of different widths")
+    kinds = {permutation for _, _, permutation in shapes}
+    if "index" in kinds and len(kinds) > 1:
+        _refuse(where, "stores some permutations as indices and some as matrices")
+    # A permutation matrix among rotations is one of them; only a flow that has no other is computed without products.
+    permutation: Permutation = kinds.pop() if len(kinds) == 1 else "rotation"
+    return FlowShape(channels, condition, len(blocks), permutation)
+
+
+def _block(where: str, block: Mapping[str, Tensor]) -> tuple[int, int, Permutation]:
+    """Channels C, condition channels P and kind of permutation of one coupling layer."""
+    if "vk_householder" in block:
+        _refuse(where, "permutes by learned Householder reflections, which fastbgad does not have")
+    unlike = [*(name for name in _BLOCK if name not in block), *(name for name in block if name not in _BLOCK)]
+    if unlike:
+        _refuse(where, f"lacks or has besides what FrEIA's AllInOneBlock has: {_listed(unlike)}")
+    scale, w_perm, w_perm_inv = block["global_scale"], block["w_perm"], block["w_perm_inv"]
+    first, second = block["subnet.0.weight"], block["subnet.2.weight"]
+    if scale.ndim != 2 or first.ndim != 2 or second.ndim != 2:
+        _refuse(where, "works on images, not on patches")
+    channels = scale.shape[1]
+    active = channels // 2
+    condition = first.shape[1] - (channels - active)
+    hidden = 2 * first.shape[1]
+    index = not w_perm.is_floating_point()
+    wanted = {
+        "global_scale": (1, channels),
+        "global_offset": (1, channels),
+        "w_perm": (channels,) if index else (channels, channels),
+        "w_perm_inv": (channels,) if index else (channels, channels),
+        "subnet.0.weight": (hidden, first.shape[1]),
+        "subnet.0.bias": (hidden,),
+        "subnet.2.weight": (2 * active, hidden),
+        "subnet.2.bias": (2 * active,),
+    }
+    odd = [f"{k} {list(block[k].shape)} instead of {list(shape)}" for k, shape in wanted.items()
+           if tuple(block[k].shape) != shape]  # fmt: skip
+    if odd:
+        _refuse(where, f"has the shapes {_listed(odd)}")
+    if channels < 2 or condition < 0 or condition % 4:
+        _refuse(where, f"has {channels} channels and {condition} of its condition, which must be a multiple of 4")
+    damaged = [name for name, tensor in block.items() if not torch.isfinite(tensor).all()]
+    if damaged:
+        raise CheckpointError(f"{where} holds NaN or Inf in {_listed(damaged)}; its training diverged: train again")
+    return channels, condition, _permutation(where, w_perm, w_perm_inv)
+
+
+def _permutation(where: str, w_perm: Tensor, w_perm_inv: Tensor) -> Permutation:
+    if w_perm.ndim == 1:
+        p, inverse = w_perm.long(), w_perm_inv.long()
+        every = torch.arange(len(p))
+        if not torch.equal(p.sort().values, every) or not torch.equal(p[inverse.clamp(0, len(p) - 1)], every):
+            _refuse(where, "stores a permutation that is none, or an inverse that is not its own")
+        return "index"
+    return "matrix" if is_permutation_matrix(w_perm) else "rotation"
+
+
+def _refuse(where: str, reason: str) -> NoReturn:
+    raise CheckpointError(f"{where} {reason}: it cannot be converted; train again with `fastbgad train`")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _is_sequence(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, (list, tuple))
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "nothing") + more

@@ -1,0 +1,1 @@
+"""Methods of other authors on the same images and features."""

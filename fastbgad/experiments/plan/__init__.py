@@ -1,0 +1,1 @@
+"""What is run: protocols, cells and the published numbers."""

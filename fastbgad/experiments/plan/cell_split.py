@@ -1,0 +1,34 @@
+"""The images of a cell: what it is trained on, what is known, what it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...data import Category, Split, split_known_anomalies
+from ...errors import DataError
+from .cells import Cell
+
+
+def split_of(cell: Cell, category: Category) -> Split:
+    """Draws the cell's known anomalies and leaves out of the test the defect types that it does not test.
+
+    Only names are looked at, no file is opened.
+
+    Raises:
+        DataError: an unknown defect type, fewer anomalies than asked for, or none left for the test.
+    """
+    split = split_known_anomalies(category, cell.num_anomalies, seed=cell.seed, types=cell.known_types)
+    if cell.test_types is None:
+        return split
+    unknown = sorted(set(cell.test_types) - set(category.defects))
+    if unknown:
+        raise DataError(
+            f"{category.root} has no anomaly type {', '.join(unknown)}; it holds {', '.join(category.defects)}"
+        )
+    test = tuple(sample for sample in split.test if not sample.label or sample.defect in cell.test_types)
+    if not any(sample.label for sample in test):
+        raise DataError(
+            f"no anomalous image of {', '.join(cell.test_types)} is left in {category.root} for the test once "
+            f"{cell.num_anomalies} are known; lower the number of known anomalies"
+        )
+    return replace(split, test=test)

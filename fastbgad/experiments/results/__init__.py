@@ -1,0 +1,1 @@
+"""What comes of the cells: summaries, tables, charts and the page."""

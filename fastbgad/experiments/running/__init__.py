@@ -1,0 +1,1 @@
+"""How cells are run: the ledger, claims, workers and the runner."""

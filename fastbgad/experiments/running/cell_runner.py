@@ -1,0 +1,283 @@
+"""Runs cells of one category: splits, trains, measures after every meta epoch.
+
+What the cells of a category have in common is done once: the features of its images, and a training for all cells that
+it serves. A test image's features are kept as well, so that measuring after a meta epoch takes a pass of the flows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...backbones import Backbone, Standardize, create_backbone
+from ...config import TrainConfig
+from ...data import Category, DecodedImages, Sample, Split
+from ...errors import BackboneError
+from ...evaluate.metrics import evaluate
+from ...features.image_features import ImageFeatures
+from ...model.calibration import calibration_of, stored_log_likelihoods
+from ...model.detector import BGAD
+from ...model.scoring import official_anomaly_maps
+from ...ops import score_map
+from ...system.environment import machine, versions
+from ...system.files import write_with
+from ...train.fit import Progress, fit, spare_slots
+from ..peers.peers import run_peer
+from ..plan.cell_split import split_of
+from ..plan.cells import METRICS, Cell, CellResult, Dataset
+from ..plan.setup import Setup
+
+_PICTURED_METHODS = ("nfad", "bgad")
+_PICTURES = 3  # test images whose maps are kept, of different defect types
+_IMAGES_AT_ONCE = 32
+
+
+class _Test(NamedTuple):
+    """What a cell is measured on."""
+
+    split: Split  # its test is restricted to the cell's test types
+    masks: Tensor  # bool [n, H, W]
+    labels: np.ndarray  # bool [n]
+    places: Tensor  # int64 [n], among all test images of the cells that are run together
+
+
+class CellRunner:
+    """Runs the cells of one category.
+
+    Args:
+        setup: what all cells have in common.
+        category: an opened category.
+        dataset: the data set it belongs to.
+        device: where to train.
+        workers: threads that decode images and synthesise anomalies.
+        pictures: folder for the maps of a few test images of NFAD and BGAD; None keeps none.
+        on_progress: told how a training goes.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        category: Category,
+        dataset: Dataset,
+        *,
+        device: torch.device,
+        workers: int = 2,
+        pictures: Path | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.setup, self.category, self.dataset = setup, category, dataset
+        self.device, self.workers, self.pictures, self.on_progress = device, workers, pictures, on_progress
+        self._features: ImageFeatures | None = None
+
+    def run(self, cells: Sequence[Cell]) -> list[CellResult]:
+        """The results of cells that share a training, in their order.
+
+        Raises:
+            DataError: an unknown defect type, fewer anomalies than asked for, or an image that cannot be used.
+            ConfigError, BackboneError, FeatureError: what `fastbgad.fit` or a peer cannot do.
+        """
+        keys = {(cell.dataset, cell.category, cell.training_key) for cell in cells}
+        if len(keys) != 1 or cells[0].category != self.category.name or cells[0].dataset != self.dataset:
+            raise ValueError(f"these cells do not share a training on {self.dataset} {self.category.name}: {cells}")
+        splits = [split_of(cell, self.category) for cell in cells]
+        return self._run_peer(cells, splits) if cells[0].is_peer else self._train(cells, splits)
+
+    def close(self) -> None:
+        """Frees the features."""
+        if self._features is not None:
+            self._features.close()
+
+    # ------------------------------------------------------------- own methods
+
+    def _train(self, cells: Sequence[Cell], splits: Sequence[Split]) -> list[CellResult]:
+        started = time.perf_counter()
+        config, split = self.setup.training_of(cells[0]), splits[0]
+        if not config.uses_anomalies:
+            split = Split(split.normals, (), split.test)
+        features = self._features_for(config, len(split.known_anomalies))
+        images = list(dict.fromkeys(sample for each in splits for sample in each.test))
+        features.extract([*split.normals, *images])
+        tests = [self._test(each, images, features.decoded) for each in splits]
+        model = BGAD(
+            features.backbone,
+            self.setup.image_size,
+            flow=config.flow,
+            normalizer=config.loss.normalizer,
+            seed=config.seed,
+            precision=self.setup.precision,
+        ).to(self.device)
+        epochs: list[list[dict[str, float]]] = [[] for _ in cells]
+        maps: list[Tensor] = []
+
+        def measure(meta_epoch: int) -> None:
+            levels = stored_log_likelihoods(model, features.store, features.slots(images), _IMAGES_AT_ONCE)
+            to_maps = self._scoring(model, features, split.normals, config)
+            maps.clear()
+            for test, history in zip(tests, epochs, strict=True):
+                maps.append(to_maps([lp[test.places.to(lp.device)] for lp in levels]).cpu())
+                history.append(self._metrics(maps[-1], maps[-1].amax(dim=(1, 2)), test))
+
+        result = fit(
+            model,
+            split,
+            config,
+            features=features,
+            workers=self.workers,
+            on_progress=self.on_progress,
+            on_meta_epoch=measure,
+        )
+        facts = {
+            "parameters": sum(p.numel() for p in model.flows.parameters() if p.requires_grad),
+            "training_images": len(split.normals),
+            "training_seconds": result.seconds,
+            "last_pass": result.history[-1],
+        }
+        seconds = time.perf_counter() - started
+        results = []
+        for cell, own, test, history, own_maps in zip(cells, splits, tests, epochs, maps, strict=True):
+            best = {name: max(metrics[name] for metrics in history) for name in METRICS}
+            results.append(self._result(cell, own, history[-1], best, history, seconds, facts))
+            self._keep_pictures(cell, test, own_maps)
+        return results
+
+    def _scoring(
+        self, model: BGAD, features: ImageFeatures, normals: Sequence[Sample], config: TrainConfig
+    ) -> Callable[[Sequence[Tensor]], Tensor]:
+        """From log-likelihood maps of a cell's test images to anomaly maps, with the flows as they are now."""
+        size = self.setup.image_size
+        if self.setup.calibration == "official":
+            return lambda levels: official_anomaly_maps(levels, size)
+        levels = stored_log_likelihoods(model, features.store, features.slots(normals), _IMAGES_AT_ONCE)
+        constants = calibration_of(model, levels, config)
+        return lambda levels: score_map(levels, size, constants.level_max, constants.offset).anomaly_map
+
+    def _features_for(self, config: TrainConfig, known: int) -> ImageFeatures:
+        """The features of all images of the category, with spare slots for what a training synthesises."""
+        spare = spare_slots(config, known)
+        if self._features is None:
+            backbone = self._backbone()
+            self._features = ImageFeatures(
+                backbone,
+                self.setup.image_size,
+                [*self.category.train, *self.category.test],
+                self.category.train,
+                spare,
+                device=self.device,
+                cell_labels=config.anomalies.cell_labels,
+                workers=self.workers,
+                on_images=self._show_images,
+            )
+        self._features.reserve(spare)
+        return self._features
+
+    def _backbone(self) -> Backbone:
+        setup = self.setup
+        if setup.backbone == "gabor":  # its statistics are those of the category
+            return create_backbone("gabor", setup.levels).to(self.device)
+        choices = (setup.backbone, setup.levels, setup.weights, setup.dtype, setup.standardize, setup.neighborhood)
+        return _timm_backbone(*choices, self.device).without_statistics()
+
+    # ------------------------------------------------------------------- peers
+
+    def _run_peer(self, cells: Sequence[Cell], splits: Sequence[Split]) -> list[CellResult]:
+        """One training, scored once on all test images of the cells."""
+        started = time.perf_counter()
+        images = list(dict.fromkeys(sample for split in splits for sample in split.test))
+        known = splits[0].known_anomalies if cells[0].learns_from_anomalies else ()
+        whole = Split(splits[0].normals, known, tuple(images))
+        scores = run_peer(cells[0], self.category, whole, self.setup, self.device, workers=self.workers)
+        decoded = DecodedImages(self.setup.image_size) if self._features is None else self._features.decoded
+        tests = [self._test(split, images, decoded) for split in splits]
+        metrics = [self._metrics(scores.maps[t.places], scores.image_scores[t.places], t) for t in tests]
+        seconds = time.perf_counter() - started
+        return [
+            self._result(cell, split, found, None, [], seconds, scores.facts)
+            for cell, split, found in zip(cells, splits, metrics, strict=True)
+        ]
+
+    # --------------------------------------------------------------- measuring
+
+    def _test(self, split: Split, images: Sequence[Sample], decoded: DecodedImages) -> _Test:
+        place = {sample: number for number, sample in enumerate(images)}
+        masks = torch.stack([decoded(sample).mask for sample in split.test])
+        labels = np.array([sample.label for sample in split.test], dtype=bool)
+        return _Test(split, masks, labels, torch.tensor([place[sample] for sample in split.test]))
+
+    def _metrics(self, maps: Tensor, image_scores: Tensor, test: _Test) -> dict[str, float]:
+        found = evaluate(maps, test.masks, image_scores, test.labels, self.setup.pro_limit)._asdict()
+        return {name: float(found[name]) for name in METRICS}
+
+    def _result(
+        self,
+        cell: Cell,
+        split: Split,
+        last: dict[str, float],
+        best: dict[str, float] | None,
+        epochs: list[dict[str, float]],
+        seconds: float,
+        facts: dict[str, Any],
+    ) -> CellResult:
+        return CellResult(
+            cell,
+            last,
+            best,
+            epochs,
+            seconds,
+            [sample.name for sample in split.known_anomalies],
+            len(split.test),
+            sum(sample.label for sample in split.test),
+            {**facts, "machine": machine(), "versions": versions()},
+        )
+
+    def _keep_pictures(self, cell: Cell, test: _Test, maps: Tensor) -> None:
+        """Writes image, mask and map of the first test image of a few defect types."""
+        whole = cell.known_types is None and cell.test_types is None and not cell.overrides
+        if self.pictures is None or self._features is None or cell.method not in _PICTURED_METHODS or not whole:
+            return
+        first: dict[str, int] = {}
+        for place, sample in enumerate(test.split.test):
+            if sample.label:
+                first.setdefault(sample.defect, place)
+        chosen = list(first.values())[:_PICTURES]
+        samples = [test.split.test[place] for place in chosen]
+        arrays: dict[str, Any] = {
+            "names": np.array([sample.name for sample in samples]),
+            "images": np.stack([self._features.decoded(s).image.permute(1, 2, 0).numpy() for s in samples]),
+            "masks": test.masks[chosen].numpy(),
+            "maps": maps[chosen].to(torch.float16).numpy(),
+            # from the median score to the largest, as in the report
+            "range": np.array([maps.flatten()[:: max(1, maps.numel() // 1_000_000)].median(), maps.max()], np.float32),
+        }
+        write_with(self.pictures / f"{cell.key}.npz", partial(np.savez_compressed, **arrays))
+
+    def _show_images(self, stage: str, done: int, total: int, images_per_second: float) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(stage, done, total, images_per_second, {}))
+
+
+@lru_cache(maxsize=1)
+def _timm_backbone(
+    name: str,
+    levels: tuple[int, ...],
+    weights: str,
+    dtype: str,
+    standardize: Standardize,
+    neighborhood: int | None,
+    device: torch.device,
+) -> Backbone:
+    """A frozen network is the same for every category: it is loaded once. Statistics of features are not."""
+    backbone = create_backbone(name, levels, weights, dtype=dtype, standardize=standardize, neighborhood=neighborhood)
+    source = getattr(backbone, "weights_source", weights)
+    if source != weights:
+        raise BackboneError(
+            f"this run has {weights} weights of {name}, but the hub no longer answers; other weights cannot share its "
+            f"tables: repeat the command later, or give --weights {source} and another --out"
+        )
+    return backbone.to(device)

@@ -1,0 +1,11 @@
+"""A trained model as one file that runs without fastbgad."""
+
+from __future__ import annotations
+
+from .detector import export_detector
+from .formats import ExportFormat
+
+__all__ = [
+    "ExportFormat",
+    "export_detector",
+]

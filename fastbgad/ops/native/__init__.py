@@ -1,0 +1,1 @@
+"""The flow in C++, compiled at its first use."""

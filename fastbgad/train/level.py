@@ -1,0 +1,144 @@
+"""One level in training: its flow, its optimiser, its stream, and the step that they take together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..features.store import FeatureStore
+from ..model.flow import ConditionalFlow
+from ..ops import PositionalRows
+from ..system.transfers import to_device
+from .data_parallel import DataParallel, SharedRows
+from .graph import CapturedSteps
+from .loss_record import COLUMNS, loss_row
+from .losses import training_loss
+
+
+class LevelTrainer:
+    """Trains the flow of one level, chunk of patches after chunk.
+
+    Levels share nothing, so each has an optimiser of its own and, on a GPU, a stream of its own: they are trained side
+    by side. There a step is captured as a CUDA graph once it has run a few times, and replayed from then on. Nothing
+    here waits for the device.
+
+    Args:
+        level: counted from 0.
+        flow: trained in place.
+        store: features and masks of the images.
+        config: method, losses, schedule.
+        parallel: the processes that share each step, if there are several.
+    """
+
+    def __init__(
+        self,
+        level: int,
+        flow: ConditionalFlow,
+        store: FeatureStore,
+        config: TrainConfig,
+        parallel: DataParallel | None = None,
+    ) -> None:
+        self.level, self.flow, self.store, self.config, self.parallel = level, flow, store, config, parallel
+        self.channels, self.height, self.width = store.shapes[level]
+        self.device = store.device
+        on_gpu = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self.parameters = [p for p in flow.parameters() if p.requires_grad]
+        # A captured step reads its learning rate from the device.
+        self.lr = torch.tensor(config.schedule.lr, device=self.device) if on_gpu else config.schedule.lr
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True, capturable=on_gpu)
+        self.sums = torch.zeros(COLUMNS, dtype=torch.float64, device=self.device)
+        self.module: nn.Module = flow
+        if parallel is not None:
+            # DistributedDataParallel makes the nodes that accumulate and exchange gradients, and they keep the stream
+            # that they were made on. On another than the level's own, all levels would wait for each other there.
+            self.begin()
+            with self.on_stream():
+                self.module = parallel.wrap(flow)
+            self.end()
+        # Processes that share a step exchange gradients in it, which is left to run as usual.
+        captured = on_gpu and parallel is None and store.patches(level) is not None
+        self.steps = CapturedSteps(self._step) if captured else None
+
+    @property
+    def area(self) -> int:
+        """Patches per image."""
+        return self.height * self.width
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the steps that follow."""
+        if isinstance(self.lr, Tensor):
+            with self.on_stream():
+                self.lr.fill_(lr)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+
+    def train(self, chunks: Iterator[Tensor] | Iterator[SharedRows], first_phase: bool) -> None:
+        """An optimiser step for every chunk of patches, given by their rows in the store."""
+        with self.on_stream():
+            for chunk in chunks:
+                rows = chunk if isinstance(chunk, Tensor) else chunk.rows
+                rows = to_device(rows, self.store.home)
+                if self.steps is not None:
+                    self.steps(rows, first_phase)
+                else:
+                    self._step(rows, first_phase, None if isinstance(chunk, Tensor) else chunk)
+
+    def coast(self, steps: int) -> None:
+        """Steps without a gradient, as torch 1.x took them while other levels trained; none before the first gradient.
+
+        Adam then moves on by its momentum.
+        """
+        if steps == 0 or not self.optimizer.state:
+            return
+        with self.on_stream():
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            for _ in range(steps):
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, rows: Tensor, first_phase: bool, shared: SharedRows | None = None) -> None:
+        """One optimiser step on patches [n] of the store."""
+        anomalous = self.store.labels(self.level, rows)
+        lp = self._log_likelihood(rows)
+        if shared is not None:
+            assert self.parallel is not None
+            lp, anomalous = self.parallel.gather_rows(lp, anomalous, shared)
+        loss = training_loss(
+            lp, anomalous, self.channels, self.config.method, self.config.loss, first_phase=first_phase
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        self.optimizer.step()
+        self.sums += loss_row(loss)
+
+    def _log_likelihood(self, rows: Tensor) -> Tensor:
+        """lp [n] of patches: the flow gathers them by itself where they lie on its device."""
+        channels, patches = self.flow.spec.condition_channels, self.store.patches(self.level)
+        if patches is not None:
+            where = PositionalRows(self.height, self.width, channels=channels) if channels else None
+            return self.module(patches, where, rows=rows).log_likelihood
+        position = to_device(rows % self.area, self.device)
+        where = PositionalRows(self.height, self.width, position, channels) if channels else None
+        return self.module(self.store.gather(self.level, rows), where).log_likelihood
+
+    def on_stream(self) -> Any:
+        """A context in which work for the device goes to this level's stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def begin(self) -> None:
+        """What was asked of the device so far is done before this level's next work."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def end(self) -> None:
+        """What is asked of the device from now on comes after this level's work."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)

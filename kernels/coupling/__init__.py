@@ -1,0 +1,1 @@
+"""Kernels of one coupling layer, around a library's matrix products."""

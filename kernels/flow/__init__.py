@@ -1,0 +1,1 @@
+"""Kernels of the flow for up to 256 channels."""
