@@ -6,7 +6,10 @@ The command line prints the message alone and exits with code 2; a traceback mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any, get_args
+
+from .wording import bullets, choose, count
 
 
 class FastBGADError(Exception):
@@ -22,7 +25,7 @@ class DataError(FastBGADError):
 
 
 class DatasetProblemsError(DataError):
-    """A dataset was checked and found wanting: every problem is listed, not only the first.
+    """Dataset validation failed. `problems` lists every issue found, the message the first `shown` of them.
 
     Attributes:
         problems: one sentence per problem, each naming its file or folder.
@@ -32,11 +35,8 @@ class DatasetProblemsError(DataError):
 
     def __init__(self, root: object, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        lines = [f"  - {problem}" for problem in self.problems[: self.shown]]
-        if len(self.problems) > self.shown:
-            lines.append(f"  ... and {len(self.problems) - self.shown} more")
-        noun = "problem" if len(self.problems) == 1 else "problems"
-        super().__init__(f"{len(self.problems)} {noun} in the dataset {root}:\n" + "\n".join(lines))
+        head = f"{count(len(self.problems), 'problem')} in the dataset {root}"
+        super().__init__(f"{head}:\n{bullets(self.problems, self.shown)}")
 
 
 class FeatureError(FastBGADError):
@@ -80,3 +80,19 @@ class Notice(UserWarning):
     The command line prints it as a line that begins with "note". `warnings.filterwarnings("ignore", category=Notice)`
     silences it.
     """
+
+
+def check_choice(
+    name: str, value: object, choices: Collection[str] | Any, error: type[FastBGADError] = ConfigError
+) -> None:
+    """Raise an error unless an option has one of the values that it can have.
+
+    Args:
+        name: of the option, as the user writes it.
+        value: what was given.
+        choices: the values, or a `Literal` of them.
+        error: the class of the error.
+    """
+    known = get_args(choices) or choices
+    if value not in known:
+        raise error(f"{name} is {value!r}; {choose(known)}")

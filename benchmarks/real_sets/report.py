@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fastbgad.render.console import count
 from fastbgad.system.files import write_text
+from fastbgad.wording import count
 
 from .charts import Curve, Dot, accuracy_plot, convergence_plot
 from .grid import CONVERGENCE, LEFT_OUT, OURS, TRAINED_PEERS

@@ -28,10 +28,11 @@ from ..experiments.running.cell_runner import CellRunner
 from ..experiments.running.dry_run import forecast, print_forecast
 from ..experiments.running.ledger import Ledger
 from ..experiments.running.worker import MakeRunner, Outcome, Report, Runner, jobs_of, work
+from ..progress import Progress
 from ..render import console
 from ..system.environment import machine, versions
 from ..system.ranks import Place, device_of, find_place, threads_of
-from ..train.fit import Progress
+from ..wording import count, indented
 from .reproduce_options import Reproduce
 
 _SHOWN = 20
@@ -234,5 +235,5 @@ def _print_troubles(ledger: Ledger, cells: Sequence[Cell], outcome: Outcome) -> 
         titles = list(dict.fromkeys(job.title for job in jobs_of(members)))
         more = f" and {len(titles) - _SHOWN} more" if len(titles) > _SHOWN else ""
         names = "; ".join(titles[:_SHOWN]) + more
-        print(f"  - {console.count(len(members), 'cell')} ({names}): {console.indented(reason)}")
+        print(f"  - {count(len(members), 'cell')} ({names}): {indented(reason)}")
     return 2

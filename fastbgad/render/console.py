@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import MissingDependencyError
-from ..train.fit import Progress
+from ..progress import Progress
+from ..wording import duration
 
 _WIDEST = 240  # columns of a table in a log file
 _LINE_EVERY = 10.0  # seconds between lines where no bar can be drawn (a log file, CI)
@@ -107,25 +108,6 @@ class _Pace:
             return ""
         rest = (self.total - done) * seconds / cells - (now - self.latest[1])
         return f"about {duration(max(rest, 1.0))} left"
-
-
-def count(number: int, noun: str) -> str:
-    """A number of things, such as 1 cell or 2 cells."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def indented(message: str) -> str:
-    """A message of several lines as part of a list."""
-    return message.replace("\n", "\n    ")
-
-
-def duration(seconds: float) -> str:
-    """A time span in the two units that matter, such as 2 h 5 min."""
-    whole = round(seconds)
-    for unit, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
-        if whole >= unit:
-            return f"{whole // unit} {name} {whole % unit // smaller} {smaller_name}"
-    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
 
 
 def _drawn(rich: Any, time_left: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..progress import Progress
 from .data_parallel import DataParallel
-from .fit import FitResult, InterruptedTraining, Progress, fit
+from .fit import FitResult, InterruptedTraining, fit
 
 __all__ = [
     "DataParallel",

@@ -32,6 +32,7 @@ from ..features.image_features import ImageFeatures
 from ..features.store import Placement
 from ..model.calibration import calibration_of, stored_log_likelihoods
 from ..model.detector import BGAD
+from ..progress import Progress, Record
 from ..system.files import make_folder, write_json, write_text
 from ..system.interrupt import interrupt_flag
 from .data_parallel import DataParallel, SharedRows
@@ -49,22 +50,9 @@ CONFIG_FILE = "config.json"
 # Seconds between readings of the losses while training on a GPU: each of them waits for the device.
 _READ_EVERY = 1.0
 
-Record = dict[str, float]
-
 
 class InterruptedTraining(FastBGADError):
     """Training stopped on request; its state is saved and the message says how to go on."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, handed to the `on_progress` callback after every batch."""
-
-    stage: str  # "statistics", "features", "training" or "calibration"
-    done: int  # images so far in this stage
-    total: int  # images of this stage
-    images_per_second: float
-    record: Record  # the latest means of the pass: loss, violating rows, boundaries, learning rate
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from fastbgad.experiments.plan.plan import cells_of
 from fastbgad.experiments.plan.protocol import names, table_names
 from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running.ledger import Ledger
-from fastbgad.render import console
 from fastbgad.system.ranks import Place
 from tests import ROOT
 from tests.cells import FakeRunner, result_of
@@ -321,24 +320,3 @@ def test_the_slurm_example_passes_its_arguments_on(tmp_path: Path) -> None:
     assert isinstance(parsed, Reproduce)
     assert (parsed.names, parsed.data, parsed.out, parsed.seeds) == (("btad",), (Path("my data"),), Path("out"), (2,))
     assert submit("data").returncode == 2
-
-
-# --------------------------------------------------------------- the console
-
-
-def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 40.0, 60.0, 70.0])
-    monkeypatch.setattr("fastbgad.render.console.time.perf_counter", lambda: next(clock))
-    pace = console._Pace(10)
-    # 4 were there from an earlier command, and say nothing of the pace of this one
-    assert [pace.left(4), pace.left(4)] == ["", ""]
-    assert pace.left(6) == "about 80 s left"
-    assert pace.left(6) == "about 60 s left"
-    assert pace.left(10) == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.4, "3 s"), (119, "119 s"), (120, "2 min"), (3700, "1 h 1 min"), (90000, "1 d 1 h")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert console.duration(seconds) == text

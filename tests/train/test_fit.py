@@ -16,8 +16,9 @@ from fastbgad.config import FlowConfig, ScoreConfig
 from fastbgad.data import Split, load_sample
 from fastbgad.errors import CheckpointError, ConfigError, DataError, FeatureError, Notice
 from fastbgad.model import BGAD
+from fastbgad.progress import Progress
 from fastbgad.reference import upsample_bilinear
-from fastbgad.train.fit import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, Progress, fit
+from fastbgad.train.fit import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from tests.models import SIZE, tiny_config, tiny_model, tiny_split
 
 METHODS = ["nfad", "bgad_without", "bgad_dagger", "bgad"]

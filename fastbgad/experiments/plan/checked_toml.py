@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ...errors import ConfigError
+from ...wording import choose, did_you_mean
 
 T = TypeVar("T")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The middle of an error message: a close match as a question, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}? " if close else ""
 
 
 def parse_toml(file: str, text: str) -> dict[str, Any]:
@@ -78,7 +72,7 @@ class CheckedTable:
         """Raises `ConfigError` unless the value is one of the known ones."""
         known = list(known)
         if value not in known:
-            raise self.wrong(f"{what} is {value!r}; {did_you_mean(str(value), known)}choose from {', '.join(known)}")
+            raise self.wrong(f"{what} is {value!r}; {did_you_mean(str(value), known)}{choose(known)}")
 
     def names(self, key: str, values: Any, known: Iterable[str], at_least: int = 1) -> tuple[str, ...]:
         """Values that are a list of known names, each once."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ...config import METHOD_NAMES, TrainConfig
 from ...errors import ConfigError
+from ...wording import choose, did_you_mean
 from .cells import PEERS, Cell, Value
-from .checked_toml import did_you_mean
 from .plan import RowPlan, SweepPlan, SweepPoint, TablePlan
 from .protocol_file import (
     DatasetFacts,
@@ -227,7 +227,7 @@ def _chosen_methods(
     for name in sorted(wanted):
         if name not in METHOD_NAMES and name not in PEERS:
             known = [*METHOD_NAMES, *PEERS]
-            raise ConfigError(f"there is no method {name!r}; {did_you_mean(name, known)}choose from {', '.join(known)}")
+            raise ConfigError(f"there is no method {name!r}; {did_you_mean(name, known)}{choose(known)}")
         if name in unasked_peers:
             raise ConfigError(f"{name} is a method of other authors; ask for peers as well (peers=True, --peers)")
     chosen = tuple(name for name in runnable if name in wanted)

@@ -40,8 +40,9 @@ from typing import Any, Final, get_args
 
 from ...config import METHOD_NAMES, TrainConfig
 from ...errors import ConfigError
+from ...wording import did_you_mean
 from .cells import PEERS, Dataset, Value
-from .checked_toml import CheckedTable, did_you_mean, parse_toml
+from .checked_toml import CheckedTable, parse_toml
 from .setup import with_overrides
 
 NUM_ANOMALIES: Final = "num_anomalies"

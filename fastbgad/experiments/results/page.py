@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...render import plots
-from ...render.console import count, duration
 from ...render.html_page import css_color, flat_items, render
 from ...render.thumbnails import jpeg_address
 from ...system.files import write_text
+from ...wording import count, duration
 from ..plan.cells import METRICS, Cell, CellResult
 from ..plan.plan import Plan
 from ..plan.setup import Setup

@@ -26,9 +26,10 @@ from ...model.calibration import calibration_of, stored_log_likelihoods
 from ...model.detector import BGAD
 from ...model.scoring import official_anomaly_maps
 from ...ops import score_map
+from ...progress import Progress
 from ...system.environment import machine, versions
 from ...system.files import write_with
-from ...train.fit import Progress, fit, spare_slots
+from ...train.fit import fit, spare_slots
 from ..peers.peers import run_peer
 from ..plan.cell_split import split_of
 from ..plan.cells import METRICS, Cell, CellResult, Dataset

@@ -8,7 +8,8 @@ from statistics import fmean
 
 from ...data import Category
 from ...errors import DataError, FastBGADError
-from ...render.console import count, duration, indented, print_table
+from ...render.console import print_table
+from ...wording import count, duration, indented
 from ..plan.cell_split import split_of
 from ..plan.cells import Cell, CellResult
 from ..plan.plan import Plan, cells_of

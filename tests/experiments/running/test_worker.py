@@ -19,8 +19,9 @@ from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running.claims import Claim
 from fastbgad.experiments.running.ledger import Ledger
 from fastbgad.experiments.running.worker import Outcome, jobs_of, work
+from fastbgad.progress import Progress
 from fastbgad.system.ranks import Place
-from fastbgad.train.fit import InterruptedTraining, Progress
+from fastbgad.train.fit import InterruptedTraining
 from tests.cells import FakeRunner, empty_category, result_of, some_cells
 
 FORK = multiprocessing.get_context("fork")
