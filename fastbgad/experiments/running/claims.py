@@ -26,7 +26,7 @@ from typing import Any
 
 from ...errors import OutputError
 from ...system.files import make_folder, write_json
-from ...system.ranks import Place
+from ...system.ranks import Rank
 
 HEARTBEAT = 20.0
 """Seconds between two signs of life of a holder."""
@@ -211,7 +211,7 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def launch_age(place: Place) -> float:
+def launch_age(place: Rank) -> float:
     """Seconds since processes were launched together, as far as this machine can tell; 0 for one alone."""
     # The launcher is the parent. It started before any of the processes it launches could fail at something.
     return process_age(os.getppid()) if place.world > 1 else 0.0
