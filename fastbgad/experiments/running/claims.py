@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import OutputError
-from ...system.files import make_folder, write_json
+from ...system.files import create_new, make_folder, write_json
 from ...system.ranks import Rank
 
 HEARTBEAT = 20.0
@@ -146,44 +146,6 @@ def _parse(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def create_new(path: Path, content: bytes) -> bool:
-    """Creates a file with its whole content at once; False if it is there already.
-
-    Of several processes on machines that share a file system, exactly one succeeds. Raises `OutputError`.
-    """
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=".new.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        return _link(temporary, path, content)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path, content: bytes) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # NFS may have made the link and lost the answer, and then says that it exists.
-        return os.stat(temporary).st_nlink == 2
-    except OSError:
-        # A file system without hard links: only the creation is atomic there, the content comes a moment later.
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-    return True
 
 
 @cache
