@@ -18,7 +18,7 @@ from ..config import METHOD_NAMES, TrainConfig, demo_preset
 from ..convert.conversion import convert
 from ..data import Sample, Split, make_demo_dataset, open_category, split_known_anomalies
 from ..errors import BackboneError, ConfigError
-from ..evaluate.evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
+from ..evaluate import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
 from ..evaluate.metrics import official_pro
 from ..evaluate.report import RunReport, write_report
 from ..export.detector import export_detector
