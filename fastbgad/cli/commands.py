@@ -18,7 +18,7 @@ from ..config import METHOD_NAMES, TrainConfig, demo_preset
 from ..convert.conversion import convert
 from ..data import Sample, Split, make_demo_dataset, open_category, split_known_anomalies
 from ..errors import BackboneError, ConfigError
-from ..evaluate.evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
+from ..evaluate import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
 from ..evaluate.metrics import official_pro
 from ..evaluate.report import RunReport, write_report
 from ..export.detector import export_detector
@@ -27,7 +27,7 @@ from ..predict.local import find_images, predict_files
 from ..render import console
 from ..system.environment import choose_device, machine, versions
 from ..system.files import make_folder, write_json
-from ..system.ranks import device_of, find_place, threads_of
+from ..system.ranks import device_of, find_rank, threads_of
 from ..train.data_parallel import DataParallel, process_group
 from ..train.fit import MODEL_FILE, STATE_FILE, FitResult, fit
 from .bench import bench
@@ -54,7 +54,7 @@ def run(command: Command) -> int:
 @run.register
 def _train(command: Train) -> int:
     config = command.training
-    place = find_place()
+    place = find_rank()
     device = device_of(place, command.device)
     threads = threads_of(place)
     if threads is not None:

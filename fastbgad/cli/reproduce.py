@@ -31,7 +31,7 @@ from ..experiments.running.worker import MakeRunner, Outcome, Report, Runner, jo
 from ..progress import Progress
 from ..render import console
 from ..system.environment import machine, versions
-from ..system.ranks import Place, device_of, find_place, threads_of
+from ..system.ranks import Rank, device_of, find_rank, threads_of
 from ..wording import count, indented
 from .reproduce_options import Reproduce
 
@@ -40,7 +40,7 @@ _SHOWN = 20
 
 def reproduce(command: Reproduce) -> int:
     """Runs the missing cells of tables and sweeps, prints and writes them; 2 if cells failed or are missing."""
-    place = find_place()
+    place = find_rank()
     setup = settled(command.setup())
     plans = plans_of(command, setup)
     sources = find_sources(command.data)
@@ -134,7 +134,7 @@ def _run(
     cells: Sequence[Cell],
     sources: Sources,
     device: torch.device,
-    place: Place,
+    place: Rank,
     on_cells: Report | None,
 ) -> Outcome:
     open_category = partial(sources.open, check=command.check)
@@ -162,7 +162,7 @@ def show_results(ledger: Ledger, plans: Sequence[Plan], facts: Mapping[str, Any]
     print(f"page: {files[-1]}")
 
 
-def record_launch(command: Reproduce, ledger: Ledger, plans: Sequence[Plan], place: Place) -> dict[str, Any]:
+def record_launch(command: Reproduce, ledger: Ledger, plans: Sequence[Plan], place: Rank) -> dict[str, Any]:
     """Writes into the run's manifest what was asked for, by which protocols and seeds, where and with what.
 
     Returns:
@@ -209,7 +209,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _print_head(ledger: Ledger, plans: Sequence[Plan], device: torch.device, place: Place) -> None:
+def _print_head(ledger: Ledger, plans: Sequence[Plan], device: torch.device, place: Rank) -> None:
     cells = cells_of(plans)
     missing = ledger.missing(cells)
     world = f", first of {place.world} processes" if place.world > 1 else ""

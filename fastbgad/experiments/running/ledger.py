@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...system.files import make_folder, write_json
+from ...system.files import create_new, make_folder, write_json
 from ..plan.cells import Cell, CellResult
 from ..plan.setup import Setup
-from .claims import HEARTBEAT, LIMIT, Claim, Claims, create_new
+from .claims import HEARTBEAT, LIMIT, Claim, Claims
 
 SETUP_FILE = "setup.json"
 MANIFEST_FILE = "manifest.json"

@@ -20,7 +20,7 @@ from ...config import METHOD_NAMES
 from ...data import Category
 from ...errors import ConfigError, FastBGADError
 from ...progress import Progress
-from ...system.ranks import Place
+from ...system.ranks import Rank
 from ...train.fit import InterruptedTraining
 from ..plan.cells import PEERS, Cell, CellResult, Dataset
 from ..plan.sources import Place as CategoryPlace
@@ -96,7 +96,7 @@ def work(
     open_category: OpenCategory,
     make_runner: MakeRunner,
     *,
-    place: Place | None = None,
+    place: Rank | None = None,
     on_cells: Report | None = None,
     poll: float = POLL,
 ) -> Outcome:
@@ -118,7 +118,7 @@ def work(
         InterruptedTraining: Ctrl-C, or SIGTERM; results so far are kept and claims given back.
         OutputError: the ledger cannot be written.
     """
-    worker = _Worker(ledger, cells, open_category, make_runner, place or Place(), on_cells or (lambda done, text: None))
+    worker = _Worker(ledger, cells, open_category, make_runner, place or Rank(), on_cells or (lambda done, text: None))
     try:
         with _sigterm_as_interrupt():
             return worker.run(poll)
@@ -137,7 +137,7 @@ class _Worker:
         cells: Sequence[Cell],
         open_category: OpenCategory,
         make_runner: MakeRunner,
-        place: Place,
+        place: Rank,
         report: Report,
     ) -> None:
         self.ledger, self.open_category, self.make_runner, self.report = ledger, open_category, make_runner, report
@@ -147,7 +147,7 @@ class _Worker:
         self.done, self.title = 0, ""
         self.outcome = Outcome()
         places = places_of(self.cells)
-        start = len(places) * place.rank // place.world
+        start = len(places) * place.number // place.world
         self.places = places[start:] + places[:start]
 
     def run(self, poll: float) -> Outcome:

@@ -20,13 +20,13 @@ from fastbgad.experiments.running.claims import Claim
 from fastbgad.experiments.running.ledger import Ledger
 from fastbgad.experiments.running.worker import Outcome, jobs_of, work
 from fastbgad.progress import Progress
-from fastbgad.system.ranks import Place
+from fastbgad.system.ranks import Rank
 from fastbgad.train.fit import InterruptedTraining
 from tests.cells import FakeRunner, empty_category, result_of, some_cells
 
 FORK = multiprocessing.get_context("fork")
 CELLS = some_cells()
-OTHER_RANK = Place(1, 2, 1, 2)
+OTHER_RANK = Rank(1, 2, 1, 2)
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_processes_share_the_work_without_doing_any_twice(ledger: Ledger, tmp_pa
             time.sleep(0.005)
             return list(map(result_of, asked))
 
-        run(ledger, Fakes(note), cells, place=Place(rank, 3, rank, 3))
+        run(ledger, Fakes(note), cells, place=Rank(rank, 3, rank, 3))
 
     workers = [process(lambda rank=rank: worker(rank)) for rank in range(3)]
     for each in workers:
