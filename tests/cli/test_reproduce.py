@@ -14,8 +14,7 @@ import pytest
 
 from fastbgad.__main__ import main
 from fastbgad.cli.parser import parse
-from fastbgad.cli.reproduce import plans_of
-from fastbgad.cli.reproduce_options import Reproduce
+from fastbgad.cli.reproduce import Reproduce, plans_of
 from fastbgad.errors import ConfigError, FeatureError
 from fastbgad.experiments.plan.cells import Cell, CellResult
 from fastbgad.experiments.plan.plan import cells_of
