@@ -41,7 +41,7 @@ def bench(command: Bench) -> int:
     backbone = create_backbone(command.backbone, command.levels, **options).to(device)
     rows: list[Row] = []
     _write_bench(command, config, rows)
-    meter = ThroughputMeter(backbone, config, device, impl=command.impl, precision=command.precision)
+    meter = ThroughputMeter(backbone, config, device, impl=command.impl, matmul_precision=command.matmul_precision)
     _print_bench_head(command, config, device)
     if found is not None:
         _print_left_out(found)

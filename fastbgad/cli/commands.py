@@ -119,7 +119,7 @@ def _new_model(command: Train, device: torch.device) -> BGAD:
         normalizer=config.loss.normalizer,
         seed=config.seed,
         impl=command.impl,
-        precision=command.precision,
+        matmul_precision=command.matmul_precision,
     ).to(device)
 
 

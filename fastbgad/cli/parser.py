@@ -20,9 +20,9 @@ from ..errors import MissingDependencyError
 from ..evaluate.evaluation import CalibrationName
 from ..export.formats import ExportFormat
 from ..features.store import Placement
-from ..ops import Impl, Precision
+from ..ops import Impl, MatmulPrecision
 from ..predict.local import MapFormat
-from .options import STANDARDIZE, Check, Dtype, Layout, Preset, preset_of
+from .options import STANDARDIZE, Check, Dtype, Layout, Preset, preset_of, renamed_options
 from .reproduce_options import Reproduce, reproduce_defaults
 
 try:
@@ -118,9 +118,9 @@ class Train:
     impl: Impl = "auto"
     """Implementation of the operations; auto takes the fastest there is: triton on a GPU; elsewhere native (C++ that is
     compiled at its first use) for the flow where there is a compiler, and torch."""
-    precision: Precision = "float16"
-    """Operands of the flows' matrix products: on a GPU float16 (sums in float32) or float32; on a CPU both are float32,
-    and bfloat16 trains faster where the processor has instructions for it."""
+    matmul_precision: MatmulPrecision = "auto"
+    """Operands of the flows' matrix products. auto: float16 on a GPU (sums in float32), float32 on a CPU; float16: the
+    same; float32: everywhere; bfloat16: trains faster on a CPU that has instructions for it."""
     placement: Placement = "auto"
     """Where extracted features are kept."""
     workers: int = 2
@@ -260,8 +260,9 @@ class Bench:
     impl: Impl = "auto"
     """Implementation of the operations; auto takes the fastest there is: triton on a GPU; elsewhere native (C++ that is
     compiled at its first use) for the flow where there is a compiler, and torch."""
-    precision: Precision = "float16"
-    """Operands of the kernels' matrix products on a GPU: float16 (sums in float32), or float32."""
+    matmul_precision: MatmulPrecision = "auto"
+    """Operands of the flows' matrix products. auto: float16 on a GPU (sums in float32), float32 on a CPU; float16: the
+    same; float32: everywhere."""
     repeats: int | None = None
     """Timed passes per row; 5 for throughput and 100 for latency if left out."""
     warmup: int = 2
@@ -365,6 +366,7 @@ Command = Demo | Train | Evaluate | Predict | Bench | Convert | Export | Reprodu
 
 def parse(arguments: Sequence[str]) -> Command:
     """The command that the arguments ask for; prints help or usage errors itself and then raises SystemExit."""
+    arguments = renamed_options(arguments)
     preset = preset_of(arguments)
     train = Train(
         data=tyro.MISSING,

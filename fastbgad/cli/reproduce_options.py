@@ -10,7 +10,7 @@ from ..config import PRESETS, AnomalyConfig, FlowConfig, LossConfig, ScheduleCon
 from ..errors import ConfigError, MissingDependencyError
 from ..evaluate.evaluation import CalibrationName
 from ..experiments.plan.setup import Setup
-from ..ops import Precision
+from ..ops import MatmulPrecision
 from .options import STANDARDIZE, Check, Dtype, Preset
 
 try:
@@ -92,9 +92,9 @@ class Reproduce:
     """Height and width in pixels that images are resized to."""
     dtype: Dtype = Setup.dtype
     """Precision of the backbone."""
-    precision: Precision = Setup.precision
-    """Operands of the flows' matrix products: float16 (kernels on a GPU; float32 on a CPU), float32, or bfloat16, with
-    which CPUs that have such instructions train faster."""
+    matmul_precision: MatmulPrecision = Setup.matmul_precision
+    """Operands of the flows' matrix products: auto (float16 in kernels on a GPU, float32 on a CPU), float16 (the same),
+    float32, or bfloat16, with which CPUs that have such instructions train faster."""
     calibration: CalibrationName = Setup.calibration
     """official: scores scaled by maxima over the test images, as the paper's code; training: by training normals."""
     pro_limit: float = Setup.pro_limit
@@ -121,7 +121,7 @@ class Reproduce:
             )
         training = TrainConfig(flow=self.flow, loss=self.loss, schedule=self.schedule, anomalies=self.anomalies)
         parts = (
-            "backbone", "weights", "standardize", "neighborhood", "levels", "image_size", "dtype", "precision",
+            "backbone", "weights", "standardize", "neighborhood", "levels", "image_size", "dtype", "matmul_precision",
             "calibration", "pro_limit",
         )  # fmt: skip
         return Setup(**{name: getattr(self, name) for name in parts}, training=training)
