@@ -32,7 +32,7 @@ from ..experiments.running.cell_runner import CellRunner
 from ..experiments.running.dry_run import forecast, print_forecast
 from ..experiments.running.ledger import Ledger
 from ..experiments.running.worker import MakeRunner, Outcome, Report, Runner, jobs_of, work
-from ..ops import Precision
+from ..ops import MatmulPrecision
 from ..progress import Progress
 from ..render import console
 from ..system.environment import machine, versions
@@ -116,9 +116,9 @@ class Reproduce:
     """Height and width in pixels that images are resized to."""
     dtype: Dtype = Setup.dtype
     """Precision of the backbone."""
-    precision: Precision = Setup.precision
-    """Operands of the flows' matrix products: float16 (kernels on a GPU; float32 on a CPU), float32, or bfloat16, with
-    which CPUs that have such instructions train faster."""
+    matmul_precision: MatmulPrecision = Setup.matmul_precision
+    """Operands of the flows' matrix products: auto (float16 in kernels on a GPU, float32 on a CPU), float16 (the same),
+    float32, or bfloat16, with which CPUs that have such instructions train faster."""
     calibration: CalibrationName = Setup.calibration
     """official: scores scaled by maxima over the test images, as the paper's code; training: by training normals."""
     pro_limit: float = Setup.pro_limit
@@ -183,7 +183,7 @@ class Reproduce:
             levels=self.levels,
             image_size=self.image_size,
             dtype=self.dtype,
-            precision=self.precision,
+            matmul_precision=self.matmul_precision,
             calibration=self.calibration,
             pro_limit=self.pro_limit,
             training=TrainConfig(flow=self.flow, loss=self.loss, schedule=self.schedule, anomalies=self.anomalies),

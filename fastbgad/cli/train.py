@@ -19,7 +19,7 @@ from ..evaluate.evaluation import false_alarms
 from ..evaluate.report import write_report
 from ..features.store import Placement
 from ..model.detector import BGAD
-from ..ops import Impl, Precision
+from ..ops import Impl, MatmulPrecision
 from ..render import console
 from ..system.ranks import device_of, find_rank, threads_of
 from ..train.data_parallel import DataParallel, process_group
@@ -84,9 +84,9 @@ class Train:
     impl: Impl = "auto"
     """Implementation of the operations; auto takes the fastest there is: triton on a GPU; elsewhere native (C++ that is
     compiled at its first use) for the flow where there is a compiler, and torch."""
-    precision: Precision = "float16"
-    """Operands of the flows' matrix products: on a GPU float16 (sums in float32) or float32; on a CPU both are float32,
-    and bfloat16 trains faster where the processor has instructions for it."""
+    matmul_precision: MatmulPrecision = "auto"
+    """Operands of the flows' matrix products. auto: float16 on a GPU (sums in float32), float32 on a CPU; float16: the
+    same; float32: everywhere; bfloat16: trains faster on a CPU that has instructions for it."""
     placement: Placement = "auto"
     """Where extracted features are kept."""
     workers: int = 2
@@ -158,7 +158,7 @@ class Train:
             normalizer=config.loss.normalizer,
             seed=config.seed,
             impl=self.impl,
-            precision=self.precision,
+            matmul_precision=self.matmul_precision,
         ).to(device)
 
     def _evaluate(self, category: str, model: BGAD, samples: Sequence[Sample], result: FitResult) -> None:
