@@ -31,7 +31,7 @@ def interpreter_tiles(device: torch.device, folder: Path, columns: int = 32) -> 
     Tests of the loops over channels take fewer columns.
     """
     if device.type == "cpu":
-        sizes = {"BR": 16, "BC": columns, "num_warps": 4}
+        sizes = {"BM": 16, "BK": columns, "num_warps": 4}
         path = folder / f"tiles{columns}.json"
         tiles = {"coupling_forward": {"rows": sizes, "operand": sizes}, "coupling_backward": {"rows": sizes}}
         path.write_text(json.dumps({"tiles": tiles}))
