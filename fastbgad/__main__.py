@@ -37,10 +37,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
     if not issubclass(category, Notice):
         print(f"fastbgad: warning: {message}", file=sys.stderr)
         return
-    from .system.ranks import find_place
+    from .system.ranks import find_rank
 
     # Processes that were started together make the same choice: one of them prints it.
-    if find_place().is_first:
+    if find_rank().is_first:
         print(f"fastbgad: note: {message}", file=sys.stderr)
 
 

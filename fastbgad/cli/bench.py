@@ -23,7 +23,7 @@ from ..bench import (
     open_images,
     write_throughput_chart,
 )
-from ..ops import Impl, Precision
+from ..ops import Impl, MatmulPrecision
 from ..render import console
 from ..system.environment import choose_device, machine, versions
 from ..system.files import write_json
@@ -85,8 +85,9 @@ class Bench:
     impl: Impl = "auto"
     """Implementation of the operations; auto takes the fastest there is: triton on a GPU; elsewhere native (C++ that is
     compiled at its first use) for the flow where there is a compiler, and torch."""
-    precision: Precision = "float16"
-    """Operands of the kernels' matrix products on a GPU: float16 (sums in float32), or float32."""
+    matmul_precision: MatmulPrecision = "auto"
+    """Operands of the flows' matrix products. auto: float16 on a GPU (sums in float32), float32 on a CPU; float16: the
+    same; float32: everywhere."""
     repeats: int | None = None
     """Timed passes per row; 5 for throughput and 100 for latency if left out."""
     warmup: int = 2
@@ -124,7 +125,7 @@ class Bench:
             images = open_images(self.data, self.category, self.layout, most, self.seed)
         backbone = self._backbone(device)
         self._write(config, [])
-        meter = ThroughputMeter(backbone, config, device, impl=self.impl, precision=self.precision)
+        meter = ThroughputMeter(backbone, config, device, impl=self.impl, matmul_precision=self.matmul_precision)
         self._print_head(config, device)
         if images is not None and images.skipped:
             skipped = f"left out because they cannot be read ({len(images.skipped)})"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import open_category
-from ..evaluate.evaluation import CalibrationName, Evaluation, false_alarms, run_report
+from ..evaluate import CalibrationName, Evaluation, false_alarms, run_report
 from ..evaluate.metrics import official_pro
 from ..evaluate.report import write_report
 from ..model.detector import BGAD

@@ -17,7 +17,7 @@ from .demo import Demo
 from .evaluate import Evaluate
 from .export import Export
 from .info import Info
-from .options import preset_of
+from .options import preset_of, renamed_options
 from .predict import Predict
 from .reproduce import Reproduce, reproduce_defaults
 from .train import Train, train_defaults
@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
         SystemExit: help was asked for, or the arguments are wrong; both are printed here.
     """
+    arguments = renamed_options(arguments)
     preset = preset_of(arguments)
     commands = (
         Annotated[Demo, tyro.conf.subcommand("demo")]

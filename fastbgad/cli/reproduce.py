@@ -48,11 +48,11 @@ from ..experiments.running import (
     trainings_of,
     work,
 )
-from ..ops import Precision
+from ..ops import MatmulPrecision
 from ..progress import Progress
 from ..render import console
 from ..system.environment import machine, versions
-from ..system.ranks import Place, device_of, find_place, threads_of
+from ..system.ranks import Rank, device_of, find_rank, threads_of
 from ..wording import count, indented, listed
 from .options import STANDARDIZE, Check, Dtype, Preset
 
@@ -132,9 +132,9 @@ class Reproduce:
     """Height and width in pixels that images are resized to."""
     dtype: Dtype = Setup.dtype
     """Precision of the backbone."""
-    precision: Precision = Setup.precision
-    """Operands of the flows' matrix products: float16 (kernels on a GPU; float32 on a CPU), float32, or bfloat16, with
-    which CPUs that have such instructions train faster."""
+    matmul_precision: MatmulPrecision = Setup.matmul_precision
+    """Operands of the flows' matrix products: auto (float16 in kernels on a GPU, float32 on a CPU), float16 (the same),
+    float32, or bfloat16, with which CPUs that have such instructions train faster."""
     calibration: CalibrationName = Setup.calibration
     """official: scores scaled by maxima over the test images, as the paper's code; training: by training normals."""
     pro_limit: float = Setup.pro_limit
@@ -149,14 +149,14 @@ class Reproduce:
 
     def run(self) -> int:
         """Run the missing cells, print and write the results; return the exit code, 2 if cells have no result."""
-        place = find_place()
+        rank = find_rank()
         setup = settled(self.setup())
         plans = plans_of(self, setup)
         sources = find_sources(self.data)
         if self.dry_run:
-            return self._forecast(plans, setup, sources) if place.is_first else 0
-        device = device_of(place, self.device)
-        threads = threads_of(place)
+            return self._forecast(plans, setup, sources) if rank.is_first else 0
+        device = device_of(rank, self.device)
+        threads = threads_of(rank)
         if threads is not None:
             torch.set_num_threads(threads)
         ledger, cells = Ledger(self.out, setup), cells_of(plans)
@@ -164,16 +164,16 @@ class Reproduce:
         def run_cells(on_cells: Report | None = None) -> Outcome:
             open_category = partial(sources.open, check=self.check)
             make_runner = runner_maker(ledger, device, self.workers)
-            return work(ledger, cells, open_category, make_runner, place=place, on_cells=on_cells)
+            return work(ledger, cells, open_category, make_runner, rank=rank, on_cells=on_cells)
 
-        if not place.is_first:
+        if not rank.is_first:
             # Only the first process prints, and only its exit code says that cells failed: torchrun would stop the
             # others in the middle of their work.
             run_cells()
             return 0
-        facts = record_launch(self, ledger, plans, place)
+        facts = record_launch(self, ledger, plans, rank)
         ledger.results(cells)  # renames damaged ones, so that they are counted as missing
-        print_head(ledger, plans, device, place)
+        print_head(ledger, plans, device, rank)
         with console.cell_bar(len(cells)) as on_cells:
             outcome = run_cells(on_cells)
         show_results(ledger, plans, facts)
@@ -199,7 +199,7 @@ class Reproduce:
             levels=self.levels,
             image_size=self.image_size,
             dtype=self.dtype,
-            precision=self.precision,
+            matmul_precision=self.matmul_precision,
             calibration=self.calibration,
             pro_limit=self.pro_limit,
             training=TrainConfig(flow=self.flow, loss=self.loss, schedule=self.schedule, anomalies=self.anomalies),
@@ -312,7 +312,7 @@ def show_results(ledger: Ledger, plans: Sequence[Plan], facts: Mapping[str, Any]
     print(f"page: {files[-1]}")
 
 
-def record_launch(command: Reproduce, ledger: Ledger, plans: Sequence[Plan], place: Place) -> dict[str, Any]:
+def record_launch(command: Reproduce, ledger: Ledger, plans: Sequence[Plan], rank: Rank) -> dict[str, Any]:
     """Write into the run's manifest what was asked for, by which protocols and seeds, where and with what.
 
     Returns:
@@ -323,8 +323,8 @@ def record_launch(command: Reproduce, ledger: Ledger, plans: Sequence[Plan], pla
     names = list(dict.fromkeys(command.names)) if command.names else [plan.name for plan in plans]
     facts = {
         "options": options,
-        "processes": place.world,
-        "launcher": place.launcher or "none",
+        "processes": rank.world,
+        "launcher": rank.launcher or "none",
         "machine": machine(),
         "versions": versions(),
         "protocols": [_protocol_facts(plan, name) for plan, name in zip(plans, names, strict=True)],
@@ -355,11 +355,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def print_head(ledger: Ledger, plans: Sequence[Plan], device: torch.device, place: Place) -> None:
+def print_head(ledger: Ledger, plans: Sequence[Plan], device: torch.device, rank: Rank) -> None:
     """Print how much is planned, done and left to run."""
     cells = cells_of(plans)
     missing = ledger.missing(cells)
-    world = f", first of {place.world} processes" if place.world > 1 else ""
+    world = f", first of {rank.world} processes" if rank.world > 1 else ""
     print(
         f"{', '.join(plan.name for plan in plans)}: {len(cells)} cells, {len(cells) - len(missing)} done; "
         f"{len(trainings_of(missing))} trainings to run on {device}{world}",

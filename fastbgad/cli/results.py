@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import METHOD_NAMES, TrainConfig
 from ..data import Sample
-from ..evaluate.evaluation import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
+from ..evaluate import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
 from ..evaluate.report import RunReport
 from ..model.detector import BGAD
 from ..render import console

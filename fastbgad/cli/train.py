@@ -19,9 +19,9 @@ from ..evaluate.evaluation import false_alarms
 from ..evaluate.report import write_report
 from ..features.store import Placement
 from ..model.detector import BGAD
-from ..ops import Impl, Precision
+from ..ops import Impl, MatmulPrecision
 from ..render import console
-from ..system.ranks import device_of, find_place, threads_of
+from ..system.ranks import device_of, find_rank, threads_of
 from ..train.data_parallel import DataParallel, process_group
 from ..train.fit import MODEL_FILE, FitResult, fit
 from .options import STANDARDIZE, Check, Dtype, Layout, Preset
@@ -84,9 +84,9 @@ class Train:
     impl: Impl = "auto"
     """Implementation of the operations; auto takes the fastest there is: triton on a GPU; elsewhere native (C++ that is
     compiled at its first use) for the flow where there is a compiler, and torch."""
-    precision: Precision = "float16"
-    """Operands of the flows' matrix products: on a GPU float16 (sums in float32) or float32; on a CPU both are float32,
-    and bfloat16 trains faster where the processor has instructions for it."""
+    matmul_precision: MatmulPrecision = "auto"
+    """Operands of the flows' matrix products. auto: float16 on a GPU (sums in float32), float32 on a CPU; float16: the
+    same; float32: everywhere; bfloat16: trains faster on a CPU that has instructions for it."""
     placement: Placement = "auto"
     """Where extracted features are kept."""
     workers: int = 2
@@ -103,25 +103,25 @@ class Train:
     def run(self) -> int:
         """Train, or resume a training, and evaluate; return the exit code."""
         config = self.training
-        place = find_place()
-        device = device_of(place, self.device)
-        threads = threads_of(place)
+        rank = find_rank()
+        device = device_of(rank, self.device)
+        threads = threads_of(rank)
         if threads is not None:
             torch.set_num_threads(threads)
         # Each file need be checked by one process only.
-        check = self.check if place.is_first else "none"
+        check = self.check if rank.is_first else "none"
         category = open_category(self.data, self.category, self.layout, check)
         known = config.anomalies.num_anomalies if config.uses_anomalies else 0
         split = split_known_anomalies(category, known, config.anomalies.per_type, config.seed, self.types or None)
         model = self._new_model(device)
-        if place.is_first:
-            shared = f", {place.world} processes" if place.world > 1 else ""
+        if rank.is_first:
+            shared = f", {rank.world} processes" if rank.world > 1 else ""
             print(
                 f"{category.name}: {len(split.normals)} normal images, {len(split.known_anomalies)} known anomalies, "
                 f"{len(split.test)} test images; {METHOD_NAMES[config.method]} on {device}{shared}"
             )
-        bar = console.training_bar(category.name) if place.is_first else nullcontext()
-        with process_group(place, device) as parallel, bar as on_progress:
+        bar = console.training_bar(category.name) if rank.is_first else nullcontext()
+        with process_group(rank, device) as parallel, bar as on_progress:
             if parallel is not None:
                 check_same_weights(model, parallel, device)
             result = fit(
@@ -135,7 +135,7 @@ class Train:
                 parallel=parallel,
                 on_progress=on_progress,
             )
-        if place.is_first:
+        if rank.is_first:
             self._evaluate(category.name, model, split.test, result)
         return 0
 
@@ -158,7 +158,7 @@ class Train:
             normalizer=config.loss.normalizer,
             seed=config.seed,
             impl=self.impl,
-            precision=self.precision,
+            matmul_precision=self.matmul_precision,
         ).to(device)
 
     def _evaluate(self, category: str, model: BGAD, samples: Sequence[Sample], result: FitResult) -> None:

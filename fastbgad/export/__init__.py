@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .detector import export_detector
+from .detector import ExportSummary, export_detector
 from .formats import ExportFormat
 
 __all__ = [
     "ExportFormat",
+    "ExportSummary",
     "export_detector",
 ]

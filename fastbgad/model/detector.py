@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..backbones import Backbone, create_backbone
 from ..config import FlowConfig
 from ..errors import CheckpointError, FastBGADError, FeatureError
-from ..ops import Impl, Precision, score_map
+from ..ops import Impl, MatmulPrecision, score_map
+from ..ops.dispatch import renamed_precision
 from ..system.checkpoint import load_checkpoint, save_checkpoint
 from .flow import ConditionalFlow
 from .scoring import Calibration, map_thresholds, patch_sides, sides
@@ -40,7 +41,8 @@ class BGAD(nn.Module):
         normalizer: log-likelihoods are divided by it before they meet the boundary.
         seed: seed of the flows' initial weights; the global random state is left alone. None: see `ConditionalFlow`.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
-        precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
+        matmul_precision: operands of matrix products, see `fastbgad.ops.flow_forward`.
+        precision: deprecated name of matmul_precision.
 
     A new model has random flows and no calibration: `fastbgad.fit` trains it, `BGAD.load` reads a trained one.
     """
@@ -58,9 +60,11 @@ class BGAD(nn.Module):
         normalizer: float = 10.0,
         seed: int | None = 0,
         impl: Impl = "auto",
-        precision: Precision = "float16",
+        matmul_precision: MatmulPrecision = "auto",
+        precision: MatmulPrecision | None = None,
     ) -> None:
         super().__init__()
+        matmul_precision = renamed_precision(matmul_precision, precision)
         self.backbone = backbone
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.flow_config = flow or FlowConfig()
@@ -71,7 +75,7 @@ class BGAD(nn.Module):
                 self.flow_config.spec(channels),
                 seed=None if seed is None else 1000 * seed + level,
                 impl=impl,
-                precision=precision,
+                matmul_precision=matmul_precision,
             )
             for level, channels in enumerate(backbone.channels)
         )
@@ -220,7 +224,8 @@ class BGAD(nn.Module):
         *,
         device: str | torch.device = "cpu",
         impl: Impl = "auto",
-        precision: Precision = "float16",
+        matmul_precision: MatmulPrecision = "auto",
+        precision: MatmulPrecision | None = None,
     ) -> BGAD:
         """Reads a detector that `save` wrote. Needs no download: the backbone's weights are in the file.
 
@@ -229,6 +234,7 @@ class BGAD(nn.Module):
         Raises:
             CheckpointError: missing, damaged, or not a model of this version of fastbgad.
         """
+        matmul_precision = renamed_precision(matmul_precision, precision)
         tensors, metadata = load_checkpoint(path, "model")
         try:
             architecture = metadata["architecture"]
@@ -245,7 +251,7 @@ class BGAD(nn.Module):
                 normalizer=architecture["normalizer"],
                 seed=None,
                 impl=impl,
-                precision=precision,
+                matmul_precision=matmul_precision,
             )
         except (KeyError, TypeError, FastBGADError) as error:
             raise CheckpointError(

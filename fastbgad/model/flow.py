@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..flow_spec import CouplingWeights, FlowSpec
-from ..ops import FlowOutput, Impl, PositionalRows, Precision, flow_forward, flow_inverse
+from ..ops import FlowOutput, Impl, MatmulPrecision, PositionalRows, flow_forward, flow_inverse
+from ..ops.dispatch import renamed_precision
 from ..ops.flow.kept_weights import KeptWeights
 
 
@@ -55,19 +56,35 @@ class ConditionalFlow(nn.Module):
         seed: seed of the initial weights; the global random state is left alone. None for a flow that is about to be
             loaded: zeros and no permutation at once, where drawing rotations takes seconds at 2048 channels.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
-        precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
+        matmul_precision: operands of matrix products, see `fastbgad.ops.flow_forward`.
+        precision: deprecated name of matmul_precision.
     """
 
     def __init__(
-        self, spec: FlowSpec, *, seed: int | None = 0, impl: Impl = "auto", precision: Precision = "float16"
+        self,
+        spec: FlowSpec,
+        *,
+        seed: int | None = 0,
+        impl: Impl = "auto",
+        matmul_precision: MatmulPrecision = "auto",
+        precision: MatmulPrecision | None = None,
     ) -> None:
         super().__init__()
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.spec = spec
         self.impl: Impl = impl
-        self.precision: Precision = precision
+        self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
         self._kept: KeptWeights | None = None
         self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
+
+    @property
+    def precision(self) -> MatmulPrecision:
+        """Deprecated name of matmul_precision."""
+        return renamed_precision("auto", self.matmul_precision)
+
+    @precision.setter
+    def precision(self, value: MatmulPrecision) -> None:
+        self.matmul_precision = renamed_precision("auto", value)
 
     def weights(self) -> list[CouplingWeights]:
         """The tensors of every coupling layer."""
@@ -85,7 +102,7 @@ class ConditionalFlow(nn.Module):
         """Log-likelihood per dimension, log-determinant and, if asked, the latent of N rows; see `ops.flow_forward`."""
         kind, layers, pack = impl or self.impl, self.weights(), None
         if self._kept is not None:
-            pack = self._kept.get(self.spec, layers, x, condition, kind, self.precision)
+            pack = self._kept.get(self.spec, layers, x, condition, kind, self.matmul_precision)
         return flow_forward(
             x,
             layers,
@@ -94,7 +111,7 @@ class ConditionalFlow(nn.Module):
             rows=rows,
             return_z=return_z,
             impl=kind,
-            precision=self.precision,
+            matmul_precision=self.matmul_precision,
             pack=pack,
         )
 

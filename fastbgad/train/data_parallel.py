@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
-from ..system.ranks import Place
+from ..system.ranks import Rank
 from ..system.transfers import to_device
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def process_group(place: Place, device: torch.device) -> Iterator[DataParallel | None]:
+def process_group(rank: Rank, device: torch.device) -> Iterator[DataParallel | None]:
     """The processes that torchrun started with this one, as a group for the length of a block; None for one alone.
 
     Raises:
         ConfigError: they were started by something else, which does not say where they find each other.
     """
-    if place.world == 1:
+    if rank.world == 1:
         yield None
         return
-    if place.launcher != "torchrun":
+    if rank.launcher != "torchrun":
         raise ConfigError(
-            f"{place.launcher} started {place.world} processes; to share a training, start them with torchrun "
+            f"{rank.launcher} started {rank.world} processes; to share a training, start them with torchrun "
             "(`srun torchrun --nnodes N --nproc-per-node G -m fastbgad train ...`, one task per machine)"
         )
     if device.type == "cuda":

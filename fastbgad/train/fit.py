@@ -32,6 +32,7 @@ from ..features.image_features import ImageFeatures
 from ..features.store import Placement
 from ..model.calibration import calibration_of, stored_log_likelihoods
 from ..model.detector import BGAD
+from ..ops.dispatch import resolve_matmul_precision
 from ..progress import Progress, Record
 from ..system.files import make_folder, write_json, write_text
 from ..system.interrupt import interrupt_flag
@@ -390,7 +391,7 @@ class TrainingRun:
             "architecture": self.model.architecture(),
             "backbone": self.model.backbone.fingerprint(),
             "training": self.config.as_dict(),
-            "precision": self.model.flow(0).precision,
+            "precision": resolve_matmul_precision(self.model.flow(0).matmul_precision),
             "normals": [sample.image.name for sample in self.split.normals],
             "known_anomalies": self._known_names(),
         }

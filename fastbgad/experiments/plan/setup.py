@@ -12,7 +12,8 @@ from ...backbones import Standardize
 from ...config import TrainConfig
 from ...errors import ConfigError, check_choice
 from ...evaluate.evaluation import CalibrationName
-from ...ops import Precision
+from ...ops import MatmulPrecision
+from ...ops.dispatch import resolve_matmul_precision
 from .cells import Cell, Value
 
 
@@ -41,9 +42,9 @@ class Setup:
     """Largest false-positive rate of the AUPRO integral."""
     training: TrainConfig = field(default_factory=TrainConfig)
     """Flow, losses, schedule and anomalies; method, seed and number of known anomalies are those of each cell."""
-    precision: Precision = "float16"
-    """Operands of the flows' matrix products: float16 (kernels on a GPU; float32 on a CPU), float32, or bfloat16, with
-    which CPUs that have such instructions train faster."""
+    matmul_precision: MatmulPrecision = "auto"
+    """Operands of the flows' matrix products: auto (float16 in kernels on a GPU, float32 on a CPU), float16 (the same),
+    float32, or bfloat16, with which CPUs that have such instructions train faster."""
 
     def __post_init__(self) -> None:
         check_choice("calibration", self.calibration, CalibrationName)
@@ -51,8 +52,11 @@ class Setup:
             raise ConfigError(f"pro_limit is {self.pro_limit}; it lies in (0, 1]")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        """Return plain values, for JSON; the matmul precision is stored as "precision", without "auto"."""
+        values = asdict(self)
+        del values["matmul_precision"]
+        values["precision"] = resolve_matmul_precision(self.matmul_precision)
+        return json.loads(json.dumps(values))
 
     @property
     def digest(self) -> str:

@@ -108,7 +108,7 @@ class CellRunner:
             flow=config.flow,
             normalizer=config.loss.normalizer,
             seed=config.seed,
-            precision=self.setup.precision,
+            matmul_precision=self.setup.matmul_precision,
         ).to(self.device)
         epochs: list[list[dict[str, float]]] = [[] for _ in cells]
         maps: list[Tensor] = []

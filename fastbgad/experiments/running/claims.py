@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import OutputError
-from ...system.files import make_folder, write_json
-from ...system.ranks import Place
+from ...system.files import create_new, make_folder, write_json
+from ...system.ranks import Rank
 
 HEARTBEAT = 20.0
 """Seconds between two signs of life of a holder."""
@@ -148,47 +148,6 @@ def _parse(text: str) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def create_new(path: Path, content: bytes) -> bool:
-    """Create a file with its whole content at once; return False if it exists already.
-
-    Of several processes on machines that share a file system, exactly one succeeds.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=".new.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        return _link(temporary, path, content)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path, content: bytes) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # NFS may have made the link and lost the answer, and then says that it exists.
-        return os.stat(temporary).st_nlink == 2
-    except OSError:
-        # A file system without hard links: only the creation is atomic there, the content comes a moment later.
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-    return True
-
-
 @cache
 def machine_identity() -> str:
     """Return a name for this machine since its last start, and for the namespace of its process numbers."""
@@ -214,10 +173,10 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def launch_age(place: Place) -> float:
+def launch_age(rank: Rank) -> float:
     """Return the seconds since processes were launched together, 0 for a process alone or where that is unknown."""
     # The launcher is the parent. It started before any of its processes could fail at something.
-    return process_age(os.getppid()) if place.world > 1 else 0.0
+    return process_age(os.getppid()) if rank.world > 1 else 0.0
 
 
 def process_age(pid: int) -> float:

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...system.files import make_folder, write_json
+from ...system.files import create_new, make_folder, write_json
 from ...wording import listed
 from ..plan import Cell, CellResult, Setup
-from .claims import HEARTBEAT, LIMIT, Claim, Claims, create_new
+from .claims import HEARTBEAT, LIMIT, Claim, Claims
 
 SETUP_FILE = "setup.json"
 MANIFEST_FILE = "manifest.json"

@@ -20,7 +20,7 @@ from ...config import METHOD_NAMES
 from ...data import Category
 from ...errors import ConfigError, FastBGADError
 from ...progress import Progress
-from ...system.ranks import Place
+from ...system.ranks import Rank
 from ...train.fit import InterruptedTraining
 from ..plan import PEERS, CategoryKey, Cell, CellResult, Dataset, categories_of
 from .claims import launch_age
@@ -92,7 +92,7 @@ def work(
     open_category: OpenCategory,
     make_runner: MakeRunner,
     *,
-    place: Place | None = None,
+    rank: Rank | None = None,
     on_cells: Report | None = None,
     poll: float = POLL,
 ) -> Outcome:
@@ -106,7 +106,7 @@ def work(
         cells: to run where they are missing.
         open_category: opens a category of a data set, once per process.
         make_runner: makes the runner of a category, given a callback for its progress.
-        place: of this process among those launched together.
+        rank: of this process among those launched together.
         on_cells: called whenever something has been done.
         poll: seconds between two checks of what others do.
 
@@ -114,7 +114,7 @@ def work(
         InterruptedTraining: Ctrl-C, or SIGTERM; results so far are kept and claims given back.
         OutputError: the ledger cannot be written.
     """
-    worker = _Worker(ledger, cells, open_category, make_runner, place or Place(), on_cells or (lambda done, text: None))
+    worker = _Worker(ledger, cells, open_category, make_runner, rank or Rank(), on_cells or (lambda done, text: None))
     try:
         with _sigterm_as_interrupt():
             return worker.run(poll)
@@ -133,17 +133,17 @@ class _Worker:
         cells: Sequence[Cell],
         open_category: OpenCategory,
         make_runner: MakeRunner,
-        place: Place,
+        rank: Rank,
         report: Report,
     ) -> None:
         self.ledger, self.open_category, self.make_runner, self.report = ledger, open_category, make_runner, report
         self.cells = tuple(dict.fromkeys(cells))
-        self.launched = ledger.clock() - launch_age(place)
+        self.launched = ledger.clock() - launch_age(rank)
         self.tried: set[str] = set()
         self.done, self.title = 0, ""
         self.outcome = Outcome()
         categories = categories_of(self.cells)
-        start = len(categories) * place.rank // place.world
+        start = len(categories) * rank.number // rank.world
         self.categories = categories[start:] + categories[:start]
 
     def run(self, poll: float) -> Outcome:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.kernels.flow.weights import FlowWeights
-from fastbgad.ops import Geometry, PositionalRows, Precision, pack_flow
+from fastbgad.ops import Geometry, MatmulPrecision, PositionalRows, pack_flow
 from fastbgad.ops.flow.registered import _flow_pack_fake, _plain_pack, flow_pack, stacked_codes
 from tests.flows import lively_flow, whole_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def arguments(spec: FlowSpec, kind: str, precision: Precision, device: torch.device) -> tuple:
+def arguments(spec: FlowSpec, kind: str, precision: MatmulPrecision, device: torch.device) -> tuple:
     """What the operator and its plain form are called with."""
     flow = lively_flow(spec).to(device)
     with torch.no_grad():  # where softplus is tiny, and where it is linear
@@ -31,7 +31,7 @@ def arguments(spec: FlowSpec, kind: str, precision: Precision, device: torch.dev
 @pytest.mark.parametrize("kind", ["none", "positions", "dense"])
 @pytest.mark.parametrize(("channels", "condition"), [(8, 128), (41, 128), (64, 20), (200, 128)])
 def test_equals_plain_packing(
-    precision: Precision, kind: str, channels: int, condition: int, device: torch.device
+    precision: MatmulPrecision, kind: str, channels: int, condition: int, device: torch.device
 ) -> None:
     """To the last bits of float32 and, rounded from there, at most one step of float16 apart."""
     spec = FlowSpec(channels, 0 if kind == "none" else condition, 2)
