@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from .backbones import Backbone, create_backbone
-from .compat.freia.accelerate import accelerate, restore
+from .compat.freia import accelerate, restore
 from .config import TrainConfig, demo_preset
 from .data import Category, Sample, Split, open_category, split_known_anomalies
 from .errors import FastBGADError

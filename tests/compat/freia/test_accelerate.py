@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastbgad
 from fastbgad.compat.bgad import FlowDecoder
-from fastbgad.compat.freia import accelerate as acceleration
-from fastbgad.compat.freia.accelerate import AcceleratedFlow
+from fastbgad.compat.freia import acceleration
+from fastbgad.compat.freia.acceleration import AcceleratedFlow
 from fastbgad.errors import ConfigError, FeatureError, UnsupportedFlowError
 from fastbgad.flow_spec import FlowSpec
 
