@@ -340,7 +340,7 @@ def test_cflow_ad_takes_as_many_patches_as_there_are() -> None:
         model = Cflow("resnet18", pre_trained=False, coupling_blocks=1, visualizer=False)
     cflow_ad.prepare(model, (70, 64), batch_size=4)
     assert model.model.fiber_batch_size == 4 * 3 * 2  # layer4 has a cell for every 32 pixels
-    assert all(isinstance(flow, fastbgad.compat.freia.accelerate.AcceleratedFlow) for flow in model.model.decoders)
+    assert all(isinstance(flow, fastbgad.compat.freia.acceleration.AcceleratedFlow) for flow in model.model.decoders)
 
 
 # ---------------------------------------------------------------- the process around it
