@@ -12,10 +12,17 @@ from typing import Any
 import torch
 
 from ..backbones import Backbone, create_backbone
-from ..bench.chart import check_chart_path, write_throughput_chart
-from ..bench.images import BenchImages, generate_images, open_images
-from ..bench.meter import ThroughputConfig, ThroughputMeter
-from ..bench.rows import Mode, Row
+from ..bench import (
+    BenchImages,
+    Mode,
+    Row,
+    ThroughputConfig,
+    ThroughputMeter,
+    check_chart_path,
+    generate_images,
+    open_images,
+    write_throughput_chart,
+)
 from ..ops import Impl, MatmulPrecision
 from ..render import console
 from ..system.environment import choose_device, machine, versions

@@ -21,17 +21,33 @@ from ..config import PRESETS, AnomalyConfig, FlowConfig, LossConfig, ScheduleCon
 from ..data import Category
 from ..errors import ConfigError
 from ..evaluate.evaluation import CalibrationName
-from ..experiments.plan.cells import Cell, Dataset
-from ..experiments.plan.plan import Plan, cells_of
-from ..experiments.plan.protocol import make_plan, table_names
-from ..experiments.plan.protocol_file import dataset_facts, protocol_source, read_protocol
-from ..experiments.plan.setup import Setup
-from ..experiments.plan.sources import Sources, find_sources
-from ..experiments.results.outputs import print_plans, write_outputs
-from ..experiments.running.cell_runner import CellRunner
-from ..experiments.running.dry_run import forecast, print_forecast
-from ..experiments.running.ledger import Ledger
-from ..experiments.running.worker import MakeRunner, Outcome, Report, Runner, jobs_of, work
+from ..experiments.plan import (
+    Cell,
+    Dataset,
+    Plan,
+    Setup,
+    Sources,
+    cells_of,
+    dataset_facts,
+    find_sources,
+    make_plan,
+    protocol_source,
+    read_protocol,
+    table_names,
+)
+from ..experiments.results import print_plans, write_outputs
+from ..experiments.running import (
+    CellRunner,
+    Ledger,
+    MakeRunner,
+    Outcome,
+    Report,
+    Runner,
+    forecast,
+    print_forecast,
+    trainings_of,
+    work,
+)
 from ..ops import MatmulPrecision
 from ..progress import Progress
 from ..render import console
@@ -148,7 +164,7 @@ class Reproduce:
         def run_cells(on_cells: Report | None = None) -> Outcome:
             open_category = partial(sources.open, check=self.check)
             make_runner = runner_maker(ledger, device, self.workers)
-            return work(ledger, cells, open_category, make_runner, place=rank, on_cells=on_cells)
+            return work(ledger, cells, open_category, make_runner, rank=rank, on_cells=on_cells)
 
         if not rank.is_first:
             # Only the first process prints, and only its exit code says that cells failed: torchrun would stop the
@@ -328,7 +344,7 @@ def _protocol_facts(plan: Plan, name: str) -> dict[str, Any]:
         "categories": list(dict.fromkeys(cell.category for cell in cells)),
         "num_anomalies": sorted({cell.num_anomalies for cell in cells}),
         "cells": len(cells),
-        "trainings": len(jobs_of(cells)),
+        "trainings": len(trainings_of(cells)),
         "protocol": protocol_source(name),
     }
 
@@ -346,7 +362,7 @@ def print_head(ledger: Ledger, plans: Sequence[Plan], device: torch.device, rank
     world = f", first of {rank.world} processes" if rank.world > 1 else ""
     print(
         f"{', '.join(plan.name for plan in plans)}: {len(cells)} cells, {len(cells) - len(missing)} done; "
-        f"{len(jobs_of(missing))} trainings to run on {device}{world}",
+        f"{len(trainings_of(missing))} trainings to run on {device}{world}",
         flush=True,
     )
 
@@ -357,13 +373,13 @@ def print_missing(ledger: Ledger, cells: Sequence[Cell], outcome: Outcome) -> in
     if not missing:
         return 0
     reasons: dict[str, list[Cell]] = {}
-    for job in jobs_of(missing):
-        reason = outcome.unopened.get(job.place) or outcome.failed.get(job.key)
+    for training in trainings_of(missing):
+        reason = outcome.unopened.get(training.category) or outcome.failed.get(training.key)
         reason = reason or "nobody ran them, or their results were damaged; repeat the command"
-        reasons.setdefault(reason, []).extend(job.cells)
+        reasons.setdefault(reason, []).extend(training.cells)
     print(f"{len(missing)} of {len(cells)} cells have no result; the same command tries them again:")
     for reason, members in reasons.items():
-        titles = list(dict.fromkeys(job.title for job in jobs_of(members)))
+        titles = list(dict.fromkeys(training.title for training in trainings_of(members)))
         names = listed(titles, _TITLES_SHOWN, separator="; ")
         print(f"  - {count(len(members), 'cell')} ({names}): {indented(reason)}")
     return 2
