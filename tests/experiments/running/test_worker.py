@@ -154,7 +154,7 @@ def test_other_processes_of_a_launch_do_not_retry(ledger: Ledger, monkeypatch: p
     monkeypatch.setattr("fastbgad.experiments.running.claims.process_age", lambda pid: 5.0)
     ledger.fail(CELLS[0].training_key, "diverged")
     fakes = Fakes()
-    outcome = run(ledger, fakes, place=OTHER_RANK)
+    outcome = run(ledger, fakes, rank=OTHER_RANK)
     assert CELLS[:2] not in fakes.asked
     assert outcome.failed == {CELLS[0].training_key: "diverged"}
     assert ledger.missing(CELLS) == CELLS[:2]
@@ -172,7 +172,7 @@ def test_a_failure_of_the_last_moment_is_not_retried(ledger: Ledger, monkeypatch
     monkeypatch.setattr("fastbgad.experiments.running.claims.process_age", lambda pid: 5.0)
     monkeypatch.setattr(ledger, "claim", claim)
     fakes = Fakes()
-    assert run(ledger, fakes, place=OTHER_RANK).failed == {CELLS[0].training_key: "diverged"}
+    assert run(ledger, fakes, rank=OTHER_RANK).failed == {CELLS[0].training_key: "diverged"}
     assert CELLS[:2] not in fakes.asked
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_result_is_run_again(ledger: Ledger) -> None:
 def test_processes_begin_at_different_categories(ledger: Ledger) -> None:
     cells = some_cells(("carpet", "grid", "screw", "tile"), seeds=1)
     fakes = Fakes()
-    run(ledger, fakes, cells, place=OTHER_RANK)
+    run(ledger, fakes, cells, rank=OTHER_RANK)
     assert fakes.opened == ["screw", "tile", "carpet", "grid"]
 
 
@@ -314,7 +314,7 @@ def test_the_work_of_a_killed_process_is_taken_over(ledger: Ledger) -> None:
             time.sleep(60)
         return list(map(result_of, cells))
 
-    victim = process(lambda: run(ledger, Fakes(stuck), place=OTHER_RANK, cells=CELLS[:8]))
+    victim = process(lambda: run(ledger, Fakes(stuck), rank=OTHER_RANK, cells=CELLS[:8]))
     wait_for(lambda: CELLS[2].training_key in ledger.claimed())
     fakes, deadline = Fakes(), time.monotonic() + 30
 
