@@ -228,7 +228,7 @@ def _metric_tables(runs: Sequence[RunReport], categories: list[str], methods: li
         lines = [(name, [float(values.get((name, m), {}).get(key, math.nan)) for m in methods]) for name in categories]
         has_mean = len(categories) > 1
         if has_mean:
-            # A mean over other categories than its neighbour's would not be comparable: NaN stays NaN.
+            # A mean over other categories than its neighbor's would not be comparable: NaN stays NaN.
             lines.append(("Mean", np.mean([line for _, line in lines], axis=0).tolist()))
         rows = []
         for name, line in lines:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compat.freia.accelerate import accelerate
+from ...compat.freia import accelerate
 from ...model.scoring import official_anomaly_maps
 
 _PATCHES = 256  # per step of the optimizer

@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("anomalib")
 
-from fastbgad.compat.freia.accelerate import AcceleratedFlow
+from fastbgad.compat.freia.acceleration import AcceleratedFlow
 from fastbgad.experiments.peers import cflow_ad
 from tests.experiments.peers.conftest import SIZE
 
