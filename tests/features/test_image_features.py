@@ -14,8 +14,7 @@ from fastbgad.backbones import create_backbone
 from fastbgad.data import AnomalySynthesis, AugmentedAnomalies, Split
 from fastbgad.data import decoded as decoded_module
 from fastbgad.errors import ConfigError, DataError
-from fastbgad.features import FeatureStore
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import FeatureStore, ImageFeatures, ImageReading
 from fastbgad.model import BGAD
 from fastbgad.train.fit import fit, spare_slots
 from fastbgad.train.synthesis_ahead import SynthesisAhead
@@ -32,7 +31,8 @@ def split(tmp_path: Path) -> Split:
 
 def features_of(split: Split, spare: int = 0) -> ImageFeatures:
     samples = [*split.normals, *split.known_anomalies, *split.test]
-    return ImageFeatures(create_backbone("gabor"), (SIZE, SIZE), samples, split.normals, spare, batch_size=3)
+    reading = ImageReading(batch_size=3)
+    return ImageFeatures(create_backbone("gabor"), (SIZE, SIZE), samples, split.normals, spare, reading=reading)
 
 
 def test_every_image_is_read_and_encoded_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:

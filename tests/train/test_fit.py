@@ -18,7 +18,7 @@ from fastbgad.errors import CheckpointError, ConfigError, DataError, FeatureErro
 from fastbgad.model import BGAD
 from fastbgad.progress import Progress
 from fastbgad.reference import upsample_bilinear
-from fastbgad.train.fit import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
+from fastbgad.train import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from tests.models import SIZE, tiny_config, tiny_model, tiny_split
 
 METHODS = ["nfad", "bgad_without", "bgad_dagger", "bgad"]

@@ -18,10 +18,9 @@ import torch
 
 from ...config import METHOD_NAMES
 from ...data import Category
-from ...errors import ConfigError, FastBGADError
+from ...errors import ConfigError, FastBGADError, InterruptedTraining
 from ...progress import Progress
 from ...system.ranks import Rank
-from ...train.fit import InterruptedTraining
 from ..plan.cells import PEERS, Cell, CellResult, Dataset
 from ..plan.sources import Place as CategoryPlace
 from ..plan.sources import places_of
