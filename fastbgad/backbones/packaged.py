@@ -197,9 +197,9 @@ def _layer_names(expected: Iterable[str]) -> dict[str, str]:
     names = dict(_AROUND_BLOCKS)
     for index, (stage, number) in enumerate(sorted(blocks)):
         expands = "conv_pwl" in blocks[stage, number]
-        theirs = _IN_BLOCK if expands else _IN_BLOCK[2:]
-        ours = _TIMM_EXPANDING if expands else _TIMM_SEPARABLE
-        for layer, renamed in zip(theirs, ours, strict=True):
+        package_layers = _IN_BLOCK if expands else _IN_BLOCK[2:]
+        timm_layers = _TIMM_EXPANDING if expands else _TIMM_SEPARABLE
+        for layer, renamed in zip(package_layers, timm_layers, strict=True):
             names[f"_blocks.{index}.{layer}"] = f"blocks.{stage}.{number}.{renamed}"
     return names
 

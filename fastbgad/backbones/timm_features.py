@@ -158,8 +158,8 @@ def whole_state(backbone: TimmBackbone) -> dict[str, Tensor]:
     Stages that were cut off have random weights, the same at every call; no level depends on them.
     """
     whole = _build(backbone.name, seed=0, out_indices=backbone.levels).state_dict()
-    ours = backbone.net.state_dict()
-    state = {**whole, **{key: value.detach().cpu() for key, value in ours.items()}}
+    kept = backbone.net.state_dict()
+    state = {**whole, **{key: value.detach().cpu() for key, value in kept.items()}}
     return {key: (value.float() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
 
 

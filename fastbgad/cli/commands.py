@@ -28,8 +28,8 @@ from ..render import console
 from ..system.environment import choose_device, machine, versions
 from ..system.files import make_folder, write_json
 from ..system.ranks import device_of, find_rank, threads_of
-from ..train import MODEL_FILE, STATE_FILE, FitResult, fit
 from ..train.data_parallel import DataParallel, process_group
+from ..train.fit import MODEL_FILE, STATE_FILE, FitResult, fit
 from .bench import bench
 from .parser import Bench, Command, Convert, Demo, Evaluate, Export, Info, Predict, Reproduce, Train
 from .predict import predict_by_ray, print_outcome

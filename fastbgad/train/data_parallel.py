@@ -143,7 +143,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lp: Tensor, parallel: DataParallel, order: Tensor, most: int) -> Tensor:
         ctx.save_for_backward(order)
-        ctx.own = slice(parallel.rank * most, parallel.rank * most + len(lp))
+        ctx.held = slice(parallel.rank * most, parallel.rank * most + len(lp))
         ctx.size, ctx.world = parallel.world * most, parallel.world
         return parallel._gather(lp.detach(), most)[order]
 
@@ -152,4 +152,4 @@ class _GatherRows(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         gradient = upstream[0].new_zeros(ctx.size)
         gradient[order] = upstream[0] * ctx.world
-        return gradient[ctx.own], None, None, None
+        return gradient[ctx.held], None, None, None

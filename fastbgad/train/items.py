@@ -51,9 +51,9 @@ class RunItems:
         self.second_phase = torch.cat([self.first_phase, self._anomalous_items(known, synthetic)])
 
         numbers = range(len(self.files) + len(synthetic))
-        own = parallel.owned(numbers) if parallel is not None else list(numbers)
-        self._own_file_items = [item for item in own if item < len(self.files)]
-        self._own_synthetic_items = [item for item in own if item >= len(self.files)]
+        held = parallel.owned(numbers) if parallel is not None else list(numbers)
+        self._own_file_items = [item for item in held if item < len(self.files)]
+        self._own_synthetic_items = [item for item in held if item >= len(self.files)]
         self.own_files = [self.files[item] for item in self._own_file_items]
         self.own_synthetic = [synthetic[item - len(self.files)] for item in self._own_synthetic_items]
         self.slots = torch.full((len(numbers),), -1)

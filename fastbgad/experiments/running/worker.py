@@ -18,9 +18,10 @@ import torch
 
 from ...config import METHOD_NAMES
 from ...data import Category
-from ...errors import ConfigError, FastBGADError, InterruptedTraining
+from ...errors import ConfigError, FastBGADError
 from ...progress import Progress
 from ...system.ranks import Rank
+from ...train.fit import InterruptedTraining
 from ..plan.cells import PEERS, Cell, CellResult, Dataset
 from ..plan.sources import Place as CategoryPlace
 from ..plan.sources import places_of
