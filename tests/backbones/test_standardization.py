@@ -240,7 +240,7 @@ def test_each_image_goes_through_the_network_once(name: str, tmp_path: Path, mon
     features = ImageFeatures(backbone, (SIZE, SIZE), images, split.normals, reading=ImageReading(batch_size=2))
     features.extract(images)
     assert len(seen) == len(set(seen)) == len(images)
-    assert len(encoded) == len(images) + 1  # and a grey one, which tells the sizes of the levels
+    assert len(encoded) == len(images) + 1  # and a gray one, which tells the sizes of the levels
     monkeypatch.undo()
     for sample in (split.normals[0], split.normals[-1], split.test[0]):
         expected = backbone(load(sample, (SIZE, SIZE)).image[None])

@@ -41,9 +41,9 @@ def timm_features(name: str, seed: int, images: Tensor) -> tuple[nn.Module, list
     # Frozen alike: PyTorch's kernels for linear layers round differently when a weight asks for a gradient.
     whole = whole.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     mean, std = (torch.tensor(whole.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    normalised = (images.float() / 255 - mean) / std
+    normalized = (images.float() / 255 - mean) / std
     with torch.inference_mode():
-        features = whole(normalised.contiguous(memory_format=torch.channels_last))
+        features = whole(normalized.contiguous(memory_format=torch.channels_last))
     if str(getattr(whole, "output_fmt", "")).endswith("NHWC"):
         features = [feature.permute(0, 3, 1, 2) for feature in features]
     return whole, features

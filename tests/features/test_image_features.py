@@ -129,7 +129,7 @@ def test_synthesis_in_the_background_has_one_stream(fake_cuda: FakeCuda, monkeyp
 
 
 def test_an_anomaly_that_cannot_be_pasted_ends_training_with_its_name(split: Split) -> None:
-    vanished = split.known_anomalies[0]._replace(mask=split.normals[0].image)  # no mask at all, but a grey photograph
+    vanished = split.known_anomalies[0]._replace(mask=split.normals[0].image)  # no mask at all, but a gray photograph
     broken = replace(split, known_anomalies=(vanished,))
     config = tiny_config()
     with pytest.raises(DataError, match=str(vanished.mask)):

@@ -41,7 +41,7 @@ def test_every_method_learns(split: Split, method: str) -> None:
     before = [parameter.clone() for parameter in model.flows.parameters()]
     result = fit(model, split, config)
     assert len(result.history) == 12
-    # Standardised features of noise start near the unit Gaussian: there is little likelihood to gain.
+    # Standardized features of noise start near the unit Gaussian: there is little likelihood to gain.
     assert result.history[1]["loss_ml"] < result.history[0]["loss_ml"] - 0.001
     if method in ("bgad", "bgad_dagger"):
         assert result.history[-1]["loss"] < result.history[2]["loss"]
