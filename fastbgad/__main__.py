@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .errors import FastBGADError, Notice
+from .errors import FastBGADError, InterruptedTraining, Notice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,7 +14,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported here, so that a missing extra gets its message too.
     try:
         from .cli.parser import parse
-        from .train.fit import InterruptedTraining
     except FastBGADError as error:
         print(f"fastbgad: {error}", file=sys.stderr)
         return 2

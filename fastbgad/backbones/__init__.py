@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import BackboneError
 from .base import Backbone
 from .gabor import GaborBackbone
+from .options import BackboneOptions, check_gabor_options
 from .standardization import Standardize
 
 __all__ = ["Backbone", "GaborBackbone", "Standardize", "create_backbone"]
@@ -43,9 +43,9 @@ def create_backbone(
         padding_mode: `zeros`, or `reflect` in every convolution of a timm model that pads, as CFLOW-AD has it.
         mean: three values that a timm model's images are reduced by; those of its pretrained weights if None.
         std: three values that they are then divided by; those of its pretrained weights if None.
-        standardize: how a timm model's features are brought to mean 0 and variance 1, by statistics of each level that
-            are learned from the training normals (`fit`, which training calls): `whiten`, or `channel` by channel;
-            `none`: they are left as they are, as in the official code. `gabor` has a standardization of its own.
+        standardize: of a timm model's features to mean 0 and variance 1, by statistics of each level that are learned
+            from the training normals (`fit`, which training calls): `whiten`, or `channel` by channel; `none` leaves
+            them as they are, as in the official code. `gabor` has its own standardization.
         neighborhood: a timm model's features of stride 8 and more are averaged over so many patches a side, an odd
             number; 1: not at all, as in the official code. None: 3, or 1 if `standardize` is `none`.
 
@@ -54,23 +54,23 @@ def create_backbone(
         CheckpointError: a weights file that is missing, damaged or of another model.
         MissingDependencyError: the package that `weights` asks for is not installed.
     """
+    options = BackboneOptions(
+        name,
+        levels,
+        weights,
+        seed=seed,
+        dtype=dtype,
+        compile=compile,
+        padding_mode=padding_mode,
+        mean=mean,
+        std=std,
+        standardize=standardize,
+        neighborhood=neighborhood,
+    )
     if name == "gabor":
-        if str(weights) != "pretrained":
-            raise BackboneError(f"the gabor backbone has no weights to load from {weights}: leave weights out")
-        if dtype != "float32" or compile:
-            raise BackboneError("the gabor backbone runs in float32, uncompiled: leave dtype and compile out")
-        if standardize != "whiten" or neighborhood is not None:
-            raise BackboneError(
-                "the gabor backbone has a standardization of its own: leave standardize and neighborhood out"
-            )
-        if padding_mode != "zeros" or mean is not None or std is not None:
-            raise BackboneError("the gabor backbone knows no other padding, mean or std: leave them out")
+        check_gabor_options(options)
         return GaborBackbone(levels)
     # timm takes seconds to import, and the Gabor filter bank does without it.
     from .timm_features import TimmBackbone
 
-    return TimmBackbone(
-        name, levels, weights,
-        seed=seed, dtype=dtype, compile=compile, padding_mode=padding_mode, mean=mean, std=std,
-        standardize=standardize, neighborhood=neighborhood,
-    )  # fmt: skip
+    return TimmBackbone(options)

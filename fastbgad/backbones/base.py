@@ -26,7 +26,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: number of channels of each level.
-        strides: image pixels per feature cell of each level.
+        strides: image pixels per patch of each level, along a side.
         standardization: statistics of the features; None leaves them as they are.
     """
 
@@ -48,8 +48,8 @@ class Backbone(nn.Module):
             One floating point tensor [B, C_l, H_l, W_l] per level.
 
         Raises:
-            FeatureError: the images have another shape, dtype or range, or are smaller than a feature cell; or `fit`
-                must be called first.
+            FeatureError: the images have another shape, dtype or range, or are smaller than a patch; or `fit` must be
+                called first.
         """
         return [self.standardize_level(level, maps) for level, maps in enumerate(self.extract(images))]
 

@@ -62,16 +62,16 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str | Path
         CheckpointError: keys are missing, shapes differ, or values are not finite.
     """
     expected = net.state_dict()
-    found = {key: _find(key, state) for key in expected}
+    sources = {key: _find(key, state) for key in expected}
     # Counters of batches only matter to training, and files written by old versions of PyTorch lack them.
-    missing = [key for key, value in found.items() if value is None and not key.endswith("num_batches_tracked")]
+    missing = [key for key, value in sources.items() if value is None and not key.endswith("num_batches_tracked")]
     remedy = f"take the weights of timm's {model}, or choose the backbone these weights belong to"
     if missing:
         raise CheckpointError(
             f"{origin} lacks {len(missing)} of {len(expected)} tensors of {model}: "
             f"{listed(missing, _SHOWN_KEYS)}; {remedy}"
         )
-    matched = {key: value for key, value in found.items() if value is not None}
+    matched = {key: value for key, value in sources.items() if value is not None}
     unlike = [key for key, value in matched.items() if value.shape != expected[key].shape]
     if unlike:
         shapes = [f"{key} {list(matched[key].shape)} instead of {list(expected[key].shape)}" for key in unlike]

@@ -121,8 +121,8 @@ def _verified_manifest(root: Path) -> dict[str, Any]:
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{root} exists and is not a demo dataset of fastbgad; {remedy}") from error
-    found = _digests(root)
-    changed = sorted(name for name in found.keys() | files.keys() if found.get(name) != files.get(name))
+    digests = _digests(root)
+    changed = sorted(name for name in digests.keys() | files.keys() if digests.get(name) != files.get(name))
     if changed:
         raise OutputError(f"{root} is a demo dataset but {changed[0]} was added, changed or removed; {remedy}")
     return manifest

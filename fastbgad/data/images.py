@@ -73,11 +73,11 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
             values = np.array(image)
     mask: NDArray[np.bool_] = values != 0
     if mask.any() and not np.array_equal(values[mask], np.broadcast_to(values.max(), int(mask.sum()))):
-        found = np.unique(values)
-        names = [f"#{value:06x}" if colored else f"{value:g}" for value in found[:6]]
-        shown = ", ".join(names) + (", ..." if len(found) > 6 else "")
+        distinct = np.unique(values)
+        names = [f"#{value:06x}" if colored else f"{value:g}" for value in distinct[:6]]
+        shown = ", ".join(names) + (", ..." if len(distinct) > 6 else "")
         raise DataError(
-            f"the mask {path} holds {len(found)} different values ({shown}) where 0 and one other are allowed; "
+            f"the mask {path} holds {len(distinct)} different values ({shown}) where 0 and one other are allowed; "
             "threshold it and save it as PNG (JPEG and smooth resizing create gray edges)"
         )
     return mask
@@ -86,7 +86,7 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
 def image_size(path: str | Path) -> tuple[int, int]:
     """Return (height, width) of an image as `read_image` would return it, read from the header.
 
-    Only a PNG that is not square is decoded: its EXIF orientation may stand behind the pixels.
+    Only a PNG that is not square is decoded: its EXIF orientation may follow the pixels.
     """
     path = Path(path)
     with _opened(path) as image:

@@ -1,4 +1,4 @@
-"""Features of frozen backbones, extracted once and kept.
+"""Features of frozen backbones, extracted once and stored.
 
 Normal images and known anomalies are not augmented and the backbone does not change, so their features need to be
 computed only once: 1.2 MB per 256-pixel image with tf_efficientnet_b6 in float32. The store keeps them in memory
@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +21,31 @@ from torch.nn.functional import adaptive_max_pool2d, interpolate
 
 from ..backbones import Backbone
 from ..config import CellLabels
-from ..errors import ConfigError, FeatureError, OutputError
+from ..errors import ConfigError, FeatureError, OutputError, check_choice
 from ..system.files import make_folder
-from ..system.transfers import select_to_device, to_device
+from ..system.transfers import select_to_device
 
 Placement = Literal["auto", "device", "pinned", "memory", "disk"]
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Options of a `FeatureStore`.
+
+    Attributes:
+        device: the device that trains.
+        placement: "device", "pinned" (page-locked host memory, for a GPU), "memory", "disk" (a memory-mapped file),
+            or "auto": the first of these that has ample space for the features.
+        folder: for the file of "disk", which is removed with the store.
+        dtype: of the stored features; None is float16 on a GPU and float32 on a CPU.
+        cell_labels: the patches of a level that are anomalous, see `cell_mask`.
+    """
+
+    device: torch.device | str = "cpu"
+    placement: Placement = "auto"
+    folder: str | Path | None = None
+    dtype: torch.dtype | None = None
+    cell_labels: CellLabels = "nearest"
 
 
 class FeatureStore:
@@ -33,13 +54,8 @@ class FeatureStore:
     Args:
         backbone: decides the levels.
         image_size: (height, width) in pixels.
-        slots: how many images.
-        device: where training runs.
-        placement: "device", "pinned" (page-locked host memory, for a GPU), "memory", "disk" (a memory-mapped file),
-            or "auto": the first of these that the features fit in with room to spare.
-        folder: where "disk" puts its file; it is removed with the store.
-        dtype: of the stored features; None is float16 on a GPU and float32 on a CPU.
-        cell_labels: which cells of a level are anomalous, see `cell_mask`.
+        slots: number of images.
+        options: device, placement and types.
     """
 
     def __init__(
@@ -47,22 +63,19 @@ class FeatureStore:
         backbone: Backbone,
         image_size: tuple[int, int],
         slots: int,
-        *,
-        device: torch.device | str = "cpu",
-        placement: Placement = "auto",
-        folder: str | Path | None = None,
-        dtype: torch.dtype | None = None,
-        cell_labels: CellLabels = "nearest",
+        options: StoreOptions | None = None,
     ) -> None:
-        self.device, self.slots = torch.device(device), slots
-        self.cell_labels: CellLabels = cell_labels
-        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        options = options or StoreOptions()
+        self.device = torch.device(options.device)
+        self.slots = slots
+        self.cell_labels: CellLabels = options.cell_labels
+        self.dtype: torch.dtype = options.dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.shapes = backbone_shapes(backbone, image_size, self.device)
         sizes = [slots * height * width * channels for channels, height, width in self.shapes]
         self.bytes = sum(sizes) * self.dtype.itemsize
-        self.placement = _choose_placement(placement, self.bytes, self.device)
+        self.placement = _choose_placement(options.placement, self.bytes, self.device)
         self._file: Path | None = None
-        flat = self._allocate(sum(sizes), folder)
+        flat = self._allocate(sum(sizes), options.folder)
         self.levels = [
             part.view(slots, height * width, channels)
             for part, (channels, height, width) in zip(flat.split(sizes), self.shapes, strict=True)
@@ -133,28 +146,19 @@ class FeatureStore:
         for mine, theirs in zip((*self.levels, *self.masks), (*other.levels, *other.masks), strict=True):
             mine[:slots].copy_(theirs[:slots])
 
-    def rows(
-        self,
-        level: int,
-        slot: Tensor,  # int64 [n]
-        position: Tensor,  # int64 [n], y * width + x
-    ) -> Tensor:
-        """Return the numbers int64 [n] of patches among all patches of a level, where the features are."""
-        return to_device(slot * self.levels[level].shape[1] + position, self.home)
-
     def patches(self, level: int) -> Tensor | None:
         """Return all patches of a level, [slots * h * w, C], if they are on the training device, else None.
 
-        The flow gathers from them by itself: `flow(patches, ..., rows=rows)`.
+        The flow gathers rows from them by itself: `flow(patches, ..., rows=rows)`, with row = slot * h * w + position.
         """
         return self.levels[level].flatten(0, 1) if self.home == self.device else None
 
     def gather(self, level: int, rows: Tensor) -> Tensor:
-        """Return the features [n, C] of patches, on the training device."""
+        """Return the features [n, C] of rows, on the training device."""
         return select_to_device(self.levels[level].flatten(0, 1), rows, self.device)
 
     def labels(self, level: int, rows: Tensor) -> Tensor:
-        """Return which of the patches are anomalous, bool [n], on the training device."""
+        """Return the labels of rows, bool [n], on the training device."""
         return select_to_device(self.masks[level].flatten(), rows, self.device)
 
     def maps(self, level: int, slots: Sequence[int]) -> Tensor:
@@ -171,8 +175,8 @@ def cell_mask(
 ) -> Tensor:
     """Return the masks at a level's size, bool [B, h, w]: by the nearest pixel, or by any pixel of the patch.
 
-    Nearest is what the official code does. A scratch two pixels wide then labels few of the stride-16 cells that see
-    it, and the others train as normal; "any" labels them all.
+    Nearest is what the official code does. A scratch two pixels wide then labels few of the stride-16 patches that
+    show it, and the others train as normal; "any" labels them all.
     """
     values = masks[:, None].float()
     small = interpolate(values, size=size, mode="nearest") if labels == "nearest" else adaptive_max_pool2d(values, size)
@@ -203,13 +207,12 @@ def extract_into(
 
 
 def _choose_placement(placement: Placement, size: int, device: torch.device) -> Placement:
-    if placement not in ("auto", "device", "pinned", "memory", "disk"):
-        raise ConfigError(f"placement is {placement!r}; choose auto, device, pinned, memory or disk")
+    check_choice("placement", placement, Placement)
     if placement == "pinned" and device.type != "cuda":
         raise ConfigError("placement 'pinned' is for training on a GPU; use 'memory' or 'auto' on a CPU")
     if placement != "auto":
         return "memory" if placement == "device" and device.type == "cpu" else placement
-    # Half of what is free is left to activations, the optimizer and everybody else.
+    # Half of the free memory is left to activations, the optimizer and other programs.
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if size < free / 2:

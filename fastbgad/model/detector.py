@@ -241,7 +241,7 @@ class BGAD(nn.Module):
             backbone_config = dict(architecture["backbone"])
             if backbone_config["name"] != "gabor":
                 backbone_config["weights"] = "random"  # overwritten below
-                # models of before there was a choice
+                # models of versions without these options
                 backbone_config.setdefault("standardize", "none")
                 backbone_config.setdefault("neighborhood", 1)
             model = cls(

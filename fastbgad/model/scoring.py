@@ -7,7 +7,7 @@ set*, so an image's score changes with the images tested beside it. Here the con
 and belong to the model; the official calibration is the named alternative `official_anomaly_maps`.
 
 The weights are proportional to the levels' channels (`level_weights`), where the official code has equal ones: lp is a
-mean over channels, and the levels with more of them tell more. The weights need no place of their own:
+mean over channels, and the levels with more of them tell more. The weights are not stored separately:
 w * exp(lp - m) = exp(lp - (m - log w)).
 """
 

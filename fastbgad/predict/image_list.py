@@ -42,7 +42,7 @@ class WrittenList:
 def iterate_images(patterns: Sequence[str | Path], leave_out: str | Path | None = None) -> Iterator[str]:
     """Yield the images that files, folders (searched recursively) and globs name, each once, in a stable order.
 
-    Folders are read one after the other as the iteration goes on, so the memory grows with the largest of them only.
+    Folders are read one after the other during the iteration, so memory only grows with the largest of them.
     Links to folders are not followed, and folders without the right to read are passed over.
 
     Args:
@@ -58,15 +58,15 @@ def iterate_images(patterns: Sequence[str | Path], leave_out: str | Path | None 
     # One folder cannot name an image twice, so nothing need be remembered.
     seen: set[str] | None = set() if len(patterns) > 1 else None
     for pattern in patterns:
-        found = False
+        matched = False
         for path in _matching(pattern, forbidden):
-            found = True
+            matched = True
             if seen is not None:
                 if path in seen:
                     continue
                 seen.add(path)
             yield path
-        if not found:
+        if not matched:
             if os.path.isdir(pattern):
                 suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
                 raise DataError(f"the folder {Path(pattern)} holds no images ({suffixes})")

@@ -199,9 +199,9 @@ def open_run(
 
 
 def _waiting(folder: ShardFolder, images: WrittenList) -> Iterator[Waiting]:
-    there = {path.name for path in (folder.path / "shards").iterdir()}
+    tables = {path.name for path in (folder.path / "shards").iterdir()}
     for part in images.parts:
-        lines = folder.lines(part, folder.names(part)) if folder.table(part).name in there else None
+        lines = folder.lines(part, folder.names(part)) if folder.table(part).name in tables else None
         missing = part.count if lines is None else sum(line[-1] != "" for line in lines)
         if missing:
             yield Waiting(part, missing)

@@ -1,8 +1,8 @@
-"""One training run shared by several processes: each holds some of the images, a step is taken on everybody's rows.
+"""One training run shared by several processes: each holds some of the images, a step is taken on the rows of all.
 
-Every image belongs to one process, which extracts its features and carries its patches through the flow. What a loss
-needs of a row is one number, its log-likelihood: these are gathered, so that every process computes the loss of all
-rows (boundary, violating rows, means) exactly as one process would, and passes back the gradient of its own rows.
+Every image belongs to one process, which extracts its features and computes the flow of its patches. A loss needs only
+one number per row, its log-likelihood: these are gathered, so that every process computes the loss of all rows
+(boundary, violating rows, means) exactly as one process would, and propagates the gradient of its own rows.
 Gradients of weights are added up by DistributedDataParallel.
 """
 
@@ -30,7 +30,7 @@ def process_group(rank: Rank, device: torch.device) -> Iterator[DataParallel | N
     """Yield the group of processes that torchrun started with this one; None for one alone.
 
     Raises:
-        ConfigError: they were started by something else, which does not say where they find each other.
+        ConfigError: they were started by another launcher, which does not tell them how to connect.
     """
     if rank.world == 1:
         yield None
@@ -52,8 +52,8 @@ def process_group(rank: Rank, device: torch.device) -> Iterator[DataParallel | N
 class SharedRows(NamedTuple):
     """A chunk of n rows of which this process holds some."""
 
-    rows: Tensor  # int64 [own], places in this process's store
-    order: Tensor  # int64 [n]: row i of the chunk is entry order[i] of what all processes gather
+    rows: Tensor  # int64 [held], rows of this process's store
+    order: Tensor  # int64 [n]: row i of the chunk is entry order[i] of the rows that all processes gather
     most: int  # the most rows that any process holds
 
 
@@ -85,7 +85,7 @@ class DataParallel:
         Args:
             items: numbers of the images.
             positions: of the patches within their image.
-            slots: int64 [images], where this process keeps an image.
+            slots: int64 [images], the slot of each image in this process's store.
             area: patches per image.
         """
         owner = items % self.world
@@ -94,8 +94,8 @@ class DataParallel:
         order = torch.empty_like(items)
         for rank in range(self.world):
             order[owner == rank] = rank * most + torch.arange(int(counts[rank]))
-        own = owner == self.rank
-        return SharedRows(slots[items[own]] * area + positions[own], order, most)
+        held = owner == self.rank
+        return SharedRows(slots[items[held]] * area + positions[held], order, most)
 
     def wrap(self, flow: nn.Module) -> nn.Module:
         """Return the flow with gradients averaged over the processes after each backward."""
@@ -106,8 +106,8 @@ class DataParallel:
     def gather_rows(self, lp: Tensor, anomalous: Tensor, shared: SharedRows) -> tuple[Tensor, Tensor]:
         """Return lp [n] and labels [n] of the whole chunk, in its order, from this process's own rows.
 
-        The gradient of the result reaches this process's rows alone, multiplied by the number of processes: the average
-        that DistributedDataParallel takes of the weights' gradients then is their sum.
+        The gradient of the result reaches only this process's rows, multiplied by the number of processes, since
+        DistributedDataParallel averages the gradients of weights where their sum is needed.
         """
         order = to_device(shared.order, lp.device)
         labels = self._gather(anomalous.to(torch.uint8), shared.most)[order].bool()
@@ -143,7 +143,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lp: Tensor, parallel: DataParallel, order: Tensor, most: int) -> Tensor:
         ctx.save_for_backward(order)
-        ctx.own = slice(parallel.rank * most, parallel.rank * most + len(lp))
+        ctx.held = slice(parallel.rank * most, parallel.rank * most + len(lp))
         ctx.size, ctx.world = parallel.world * most, parallel.world
         return parallel._gather(lp.detach(), most)[order]
 
@@ -152,4 +152,4 @@ class _GatherRows(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         gradient = upstream[0].new_zeros(ctx.size)
         gradient[order] = upstream[0] * ctx.world
-        return gradient[ctx.own], None, None, None
+        return gradient[ctx.held], None, None, None

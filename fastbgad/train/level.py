@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from .losses import training_loss
 class LevelTrainer:
     """Trains the flow of one level, chunk of patches after chunk.
 
-    Levels share nothing, so each has an optimizer of its own and, on a GPU, a stream of its own: they are trained side
-    by side. There a step is captured as a CUDA graph once it has run a few times, and replayed from then on. Nothing
-    here waits for the device.
+    Levels share nothing, so each has its own optimizer and, on a GPU, its own stream: they are trained side by side.
+    On a GPU a step is captured as a CUDA graph once it has run a few times, and replayed from then on. Nothing here
+    waits for the device.
 
     Args:
         level: counted from 0.
@@ -55,13 +54,13 @@ class LevelTrainer:
         self.sums = torch.zeros(COLUMNS, dtype=torch.float64, device=self.device)
         self.module: nn.Module = flow
         if parallel is not None:
-            # DistributedDataParallel makes the nodes that accumulate and exchange gradients, and they keep the stream
-            # that they were made on. On another than the level's own, all levels would wait for each other there.
+            # DistributedDataParallel makes nodes that accumulate and exchange gradients, and they keep the stream that
+            # they were made on. On a stream that levels share, all levels would wait for each other.
             self.begin()
             with self.on_stream():
                 self.module = parallel.wrap(flow)
             self.end()
-        # Processes that share a step exchange gradients in it, which is left to run as usual.
+        # A step in which processes exchange gradients is not captured.
         captured = on_gpu and parallel is None and store.patches(level) is not None
         self.steps = CapturedSteps(self._step) if captured else None
 
@@ -123,13 +122,13 @@ class LevelTrainer:
         """Return lp [n] of rows. The flow gathers them by itself where the store is on its device."""
         channels, patches = self.flow.spec.condition_channels, self.store.patches(self.level)
         if patches is not None:
-            where = PositionalRows(self.height, self.width, channels=channels) if channels else None
-            return self.module(patches, where, rows=rows).log_likelihood
+            condition = PositionalRows(self.height, self.width, channels=channels) if channels else None
+            return self.module(patches, condition, rows=rows).log_likelihood
         position = to_device(rows % self.area, self.device)
-        where = PositionalRows(self.height, self.width, position, channels) if channels else None
-        return self.module(self.store.gather(self.level, rows), where).log_likelihood
+        condition = PositionalRows(self.height, self.width, position, channels) if channels else None
+        return self.module(self.store.gather(self.level, rows), condition).log_likelihood
 
-    def on_stream(self) -> Any:
+    def on_stream(self) -> AbstractContextManager[object]:
         """Return a context in which work for the device goes to this level's stream."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 

@@ -1,6 +1,6 @@
 """The schedule: learning rate, order of the images, order of the patches. All of it is a function of the seed.
 
-Nothing here carries a random state from one pass to the next, so a resumed run needs only to know where it is.
+No random state is carried from one pass to the next, so a resumed run needs only its progress point.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def patch_chunks(
     remainder of a few rows with a noisy gradient.
 
     Args:
-        slots: where the images are in the feature store.
+        slots: of the images in the feature store.
         area: patches per image.
         chunk_rows: most patches per chunk.
         key: (seed, pass, batch, level), which alone decides the order.
     """
-    seed, *place = key
+    seed, *point = key
     rows = len(slots) * area
-    order = torch.randperm(rows, generator=_generator(seed, _PATCHES, *place))
+    order = torch.randperm(rows, generator=_generator(seed, _PATCHES, *point))
     for chunk in torch.tensor_split(order, math.ceil(rows / chunk_rows)):
         yield slots[chunk // area], chunk % area
 

@@ -105,9 +105,9 @@ def test_the_centre_lies_in_the_foreground(scene):
     for seed in range(20):
         _, pasted = rand_augment_cut_paste(normal, anomalous, mask, foreground, seeded(seed))
         rows, columns = ndimage.find_objects(pasted.numpy().astype(int))[0]
-        centre = (rows.start + (rows.stop - rows.start) // 2, columns.start + (columns.stop - columns.start) // 2)
-        assert foreground[centre]
-        centres.add(centre)
+        center = (rows.start + (rows.stop - rows.start) // 2, columns.start + (columns.stop - columns.start) // 2)
+        assert foreground[center]
+        centres.add(center)
     assert len(centres) > 12
 
 

@@ -17,8 +17,8 @@ from fastbgad.data import open_category, split_known_anomalies
 from fastbgad.errors import ConfigError
 from fastbgad.model import BGAD
 from fastbgad.progress import Progress
+from fastbgad.train import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from fastbgad.train.data_parallel import DataParallel
-from fastbgad.train.fit import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from tests.models import tiny_config, tiny_model, tiny_split
 
 # Two images of 64 pixels have 512, 128 and 32 patches: with an odd batch, processes hold different numbers of rows.

@@ -21,7 +21,7 @@ from ...config import TrainConfig
 from ...data import Category, DecodedImages, Sample, Split
 from ...errors import BackboneError
 from ...evaluate.metrics import evaluate
-from ...features.image_features import ImageFeatures
+from ...features import ImageFeatures, ImageReading, StoreOptions
 from ...model.calibration import calibration_of, stored_log_likelihoods
 from ...model.detector import BGAD
 from ...model.scoring import official_anomaly_maps
@@ -166,10 +166,8 @@ class CellRunner:
                 [*self.category.train, *self.category.test],
                 self.category.train,
                 spare,
-                device=self.device,
-                cell_labels=config.anomalies.cell_labels,
-                workers=self.workers,
-                on_images=self._show_images,
+                store=StoreOptions(device=self.device, cell_labels=config.anomalies.cell_labels),
+                reading=ImageReading(workers=self.workers, on_images=self._show_images),
             )
         self._features.reserve(spare)
         return self._features
