@@ -50,7 +50,8 @@ FLOW = (
         "flow_pack_kernel", "flow_forward_kernel", "flow_backward_kernel", "flow_weight_gradient_kernel",
         "flow_unpack_kernel",
     },
-    "tiles_that_ship or maps_of_any_shape or variants or (test_gradients and (dense or none))",
+    "test_maps_of_any_shape or test_variants or (test_tiles_that_ship and (40 or 200)) or "
+    "(test_gradients and (dense or (none and float32)))",
 )  # fmt: skip
 WIDE = (
     (
