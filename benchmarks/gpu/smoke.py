@@ -198,7 +198,7 @@ def _inference(make: Callable[[str], _Flow], kind: str, precision: Any, return_z
     with torch.no_grad():
         out = flow_forward(
             case.x, case.flow.weights(), case.spec, case.condition, rows=case.rows, return_z=return_z, impl="triton",
-            precision=precision,
+            matmul_precision=precision,
         )  # fmt: skip
     layers = [CouplingWeights(*(t.detach() for t in layer)) for layer in double(case.flow.weights())]
     results: list[tuple[str, Tensor, Callable[[], Tensor], float]] = [
@@ -215,8 +215,8 @@ def _gradients(make: Callable[[str], _Flow], kind: str, precision: Any, recomput
     names = [name for name in CouplingWeights._fields if name != "w_perm"]
     leaves = [getattr(layer, name) for layer in weights for name in names]
     out = flow_forward(
-        case.x, weights, case.spec, case.condition, rows=case.rows, impl="triton", precision=precision,
-        recompute=recompute,
+        case.x, weights, case.spec, case.condition, rows=case.rows, impl="triton",
+        matmul_precision=precision, recompute=recompute,
     )  # fmt: skip
     upstream = torch.rand_like(out.log_likelihood)
     grads = torch.autograd.grad(out.log_likelihood, leaves, upstream)

@@ -26,7 +26,7 @@ def create_backbone(
     standardize: Standardize = "whiten",
     neighborhood: int | None = None,
 ) -> Backbone:
-    """Builds a backbone by name.
+    """Build a backbone by name.
 
     Args:
         name: `gabor`, or any timm model with feature maps; `model.tag` chooses one of its pretrained weights.

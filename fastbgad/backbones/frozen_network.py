@@ -1,8 +1,8 @@
 """A frozen convolutional network made ready for inference on a CPU: the same function with less to do.
 
-Eager PyTorch runs a batch normalisation after every convolution as a pass of its own, and brings each convolution's
+Eager PyTorch runs a batch normalization after every convolution as a pass of its own, and brings each convolution's
 weights into the layout that oneDNN wants at every call: for wide_resnet50_2 at 256 pixels a third of the time. Here
-normalisations are folded into the convolutions before them (`torch.fx`), weights are laid out once, and a ReLU that
+normalizations are folded into the convolutions before them (`torch.fx`), weights are laid out once, and a ReLU that
 alone follows a convolution is part of it. These are the operations that torch.compile's freezing uses on a CPU; nothing
 is compiled here.
 """
@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def frozen_network(net: nn.Module, images: Tensor) -> nn.Module:
-    """A network that gives what `net` gives, up to rounding, for float32 images of any number.
+    """Return a network with the results of `net`, up to rounding, for float32 images of any number.
 
     Args:
         net: in evaluation mode. It is not changed; later changes of it do not reach the result.
@@ -69,7 +69,7 @@ class PackedConvolution(nn.Module):
 
 
 def _pack(graph: torch.fx.GraphModule, images: Tensor) -> None:
-    """Replaces the convolutions of a traced network, in place."""
+    """Replace the convolutions of a traced network, in place."""
     sizes = _InputSizes(graph)
     sizes.run(images)
     modules = dict(graph.named_modules())
@@ -131,7 +131,7 @@ class FrozenCopy:
 
 
 def with_child(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which one child is another one; the module itself keeps its own."""
+    """Return a shallow copy of a module in which one child is another one; the module itself keeps its own."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, name: child}
     return copied

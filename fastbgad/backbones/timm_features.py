@@ -57,7 +57,7 @@ class TimmBackbone(Backbone):
         standardize: Standardize = "none",
         neighborhood: int | None = None,
     ) -> None:
-        """Builds the model and loads its weights.
+        """Build the model and load its weights.
 
         Args:
             name: timm's model name, `model` or `model.tag`. Without a tag timm takes its default pretrained weights.
@@ -143,7 +143,7 @@ class TimmBackbone(Backbone):
         Raises:
             FeatureError: images that the model cannot take, or features that are not maps of this many channels.
         """
-        # A reflection needs a neighbour on every map: twice as many pixels as zeros need.
+        # A reflection needs a neighbor on every map: twice as many pixels as zeros need.
         images = unit_range(images, smallest=max(self.strides) * (2 if self.padding_mode == "reflect" else 1))
         height, width = images.shape[-2:]
         fixed_height, fixed_width = self._fixed_size or (height, width)
@@ -190,7 +190,7 @@ class TimmBackbone(Backbone):
 
 
 def blank_extractor(name: str, levels: tuple[int, ...] | None = None) -> Any:
-    """timm's feature extractor of some or all levels without memory behind its tensors: for names and shapes.
+    """Return timm's feature extractor on the meta device, without memory, for names and shapes.
 
     Raises:
         BackboneError: unknown name, or a model without feature maps.
@@ -200,7 +200,7 @@ def blank_extractor(name: str, levels: tuple[int, ...] | None = None) -> Any:
 
 
 def whole_state(backbone: TimmBackbone) -> dict[str, Tensor]:
-    """What timm's own `features_only` model of these levels loads: float32 tensors on the CPU.
+    """Return the state dict of timm's own `features_only` model of these levels: float32 tensors on the CPU.
 
     Stages that were cut off have random weights, the same at every call; no level depends on them.
     """
@@ -213,7 +213,7 @@ def whole_state(backbone: TimmBackbone) -> dict[str, Tensor]:
 def _build(
     name: str, seed: int, out_indices: tuple[int, ...] | None = None, overlay: dict[str, Any] | None = None
 ) -> Any:
-    """A features_only model; `overlay` (see `hub_overlay`) asks for pretrained weights, None for random ones."""
+    """Return a features_only model with pretrained weights (`overlay`, see `hub_overlay`), or random ones (None)."""
     if not timm.is_model(name.partition(".")[0]):
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "`timm.list_models()` lists all"
@@ -249,7 +249,7 @@ def _check_levels(name: str, levels: tuple[int, ...], info: Any) -> None:
 
 
 def _truncate(net: Any, levels: tuple[int, ...]) -> bool:
-    """Cuts everything after the last level away; False where `net` is of a class that cannot be cut."""
+    """Cut off everything after the last level; return False where `net` is of a class that cannot be cut."""
     if isinstance(net, (EfficientNetFeatures, MobileNetV3Features)):
         if net.feature_hooks is not None:
             return False
@@ -266,7 +266,7 @@ def _truncate(net: Any, levels: tuple[int, ...]) -> bool:
 
 
 def _reflect(net: nn.Module, name: str) -> None:
-    """Makes every convolution that pads reflect the border instead of adding zeros."""
+    """Make every convolution that pads reflect the border instead of adding zeros."""
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     if not all(type(module) is nn.Conv2d and isinstance(module.padding, tuple) for module in convolutions):
         raise BackboneError(f"{name} pads in a way of its own and cannot reflect; leave padding_mode at zeros")

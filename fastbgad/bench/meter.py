@@ -24,7 +24,8 @@ from ..config import FlowConfig, LossConfig
 from ..errors import ConfigError, FastBGADError
 from ..model.detector import BGAD
 from ..model.scoring import calibrate
-from ..ops import Impl, Precision, resolve_impl
+from ..ops import Impl, MatmulPrecision, resolve_impl
+from ..ops.dispatch import renamed_precision
 from .images import BenchImages, truth_masks
 from .memory import peak_bytes
 from .roofline import Ceilings, flow_bytes, flow_flops, measure_ceilings
@@ -85,7 +86,8 @@ class ThroughputMeter:
         config: what is measured.
         device: where the model runs.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
-        precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
+        matmul_precision: operands of matrix products, see `fastbgad.ops.flow_forward`.
+        precision: deprecated name of matmul_precision.
 
     The flows are new and have the paper's shape: throughput does not depend on what their weights are.
 
@@ -100,14 +102,15 @@ class ThroughputMeter:
         device: torch.device,
         *,
         impl: Impl = "auto",
-        precision: Precision = "float16",
+        matmul_precision: MatmulPrecision = "auto",
+        precision: MatmulPrecision | None = None,
     ) -> None:
         resolve_impl(impl, torch.empty(0, device=device))
         self.backbone = backbone
         self.config = config
         self.device = device
         self.impl: Impl = impl
-        self.precision: Precision = precision
+        self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
         self.flow = FlowConfig()
         self.ceilings: Ceilings | None = measure_ceilings(device) if device.type == "cuda" else None
 
@@ -171,7 +174,7 @@ class ThroughputMeter:
             flow=self.flow,
             seed=self.config.seed,
             impl=self.impl,
-            precision=self.precision,
+            matmul_precision=self.matmul_precision,
         )
         model = model.to(self.device).eval()
         for level in range(len(model.flows)):

@@ -10,7 +10,7 @@ from .images import IMAGE_SUFFIXES, image_size, read_image, read_mask, resize_im
 from .layouts import Category, FolderLayout, Sample, list_categories, open_category
 from .loading import Batch, LoadedSample, SampleImages, load_sample, parse_size, stream_batches
 from .splits import Split, split_known_anomalies
-from .synthesis import AnomalySynthesis, AugmentedAnomalies, rand_augment_cut_paste, repeat_anomalies
+from .synthesis import AnomalySynthesis, AugmentedAnomalies, rand_augment_cut_paste
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -34,7 +34,6 @@ __all__ = [
     "rand_augment_cut_paste",
     "read_image",
     "read_mask",
-    "repeat_anomalies",
     "resize_image",
     "resize_mask",
     "split_known_anomalies",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .evaluation import CalibrationName, Evaluation, evaluate_model
+from .evaluation import CalibrationName, Evaluation, evaluate_model, false_alarms, metrics_dict
 from .metrics import Metrics, PixelMetrics, aupro, auroc, official_pro, pixel_metrics
-from .report import ImageRow, LevelHistogram, RunReport, write_report
+from .report import ImageRow, LevelHistogram, RunReport, image_rows, level_histograms, run_report, write_report
 
 __all__ = [
     "CalibrationName",
@@ -17,7 +17,12 @@ __all__ = [
     "aupro",
     "auroc",
     "evaluate_model",
+    "false_alarms",
+    "image_rows",
+    "level_histograms",
+    "metrics_dict",
     "official_pro",
     "pixel_metrics",
+    "run_report",
     "write_report",
 ]

@@ -1,6 +1,6 @@
 """The features of a category's images: each image goes through the frozen backbone once, for every run that asks.
 
-Runs that differ in method, seed or known anomalies share everything but the anomalies they synthesise: for those some
+Runs that differ in method, seed or known anomalies share everything but the anomalies they synthesize: for those some
 slots are kept spare.
 """
 
@@ -77,7 +77,7 @@ class ImageFeatures:
         return range(len(self._slots), self.store.slots)
 
     def reserve(self, spare: int) -> None:
-        """Makes room for at least so many images that are not files; features of files are kept."""
+        """Make room for at least so many images that are not files; features of files are kept."""
         if spare > len(self.spare):
             old, self.store = self.store, self._new_store(spare)
             self.store.copy_from(old, len(self._slots))
@@ -111,18 +111,18 @@ class ImageFeatures:
         return FeatureStore(self.backbone, self.image_size, len(self._slots) + spare, **self._store_options)
 
     def check(self, backbone: Backbone, image_size: tuple[int, int], cell_labels: CellLabels, spare: int) -> None:
-        """Raises `ConfigError` unless these features serve a run with this backbone, size, labels and synthesis."""
+        """Raise `ConfigError` unless these features serve a run with this backbone, size, labels and synthesis."""
         if backbone is not self.backbone or image_size != self.image_size or cell_labels != self.store.cell_labels:
             raise ConfigError("the features belong to another backbone, image size or kind of cell labels than the run")
         if spare > len(self.spare):
-            raise ConfigError(f"the features have {len(self.spare)} spare slots but the run synthesises {spare} images")
+            raise ConfigError(f"the features have {len(self.spare)} spare slots but the run synthesizes {spare} images")
 
     def slots(self, samples: Sequence[Sample]) -> list[int]:
-        """Where the features of these images are in the store; `extract` must have been told of them."""
+        """Return the slots of these images, which are among `samples`."""
         return [self._slots[sample] for sample in samples]
 
     def extract(self, samples: Sequence[Sample]) -> None:
-        """Extracts the features of these images that are not there yet. Raises `DataError` and `FeatureError`."""
+        """Extract the features of these images, unless they are stored already; raise `DataError` or `FeatureError`."""
         missing = [sample for sample in dict.fromkeys(samples) if sample not in self._there]
 
         def batches() -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor]]:
@@ -133,7 +133,7 @@ class ImageFeatures:
         self._there.update(missing)
 
     def close(self) -> None:
-        """Frees what the store keeps on disk."""
+        """Free what the store keeps on disk."""
         self.store.close()
 
     def _batches(self, samples: Sequence[Sample], stage: str) -> Iterator[Batch]:

@@ -73,7 +73,7 @@ class FeatureStore:
 
     @property
     def home(self) -> torch.device:
-        """Where the features are."""
+        """The device that holds the features."""
         return self.device if self.placement == "device" else torch.device("cpu")
 
     def _allocate(self, count: int, folder: str | Path | None) -> Tensor:
@@ -98,7 +98,7 @@ class FeatureStore:
         return torch.empty(count, dtype=self.dtype, device=self.home, pin_memory=pinned)
 
     def close(self) -> None:
-        """Removes the memory-mapped file, if there is one."""
+        """Remove the memory-mapped file, if there is one."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
             self._file = None
@@ -109,7 +109,7 @@ class FeatureStore:
         features: Sequence[Tensor],  # per level [B, C, h, w]
         masks: Tensor,  # [B, H, W] bool
     ) -> None:
-        """Fills slots; raises `FeatureError` for features that are not finite (a flow would spread them silently)."""
+        """Fill slots; raise `FeatureError` for features that are not finite (a flow would spread them silently)."""
         index = torch.as_tensor(slots, device=self.home)
         for level, (channels, height, width) in enumerate(self.shapes):
             rows = features[level].permute(0, 2, 3, 1).reshape(-1, height * width, channels)
@@ -129,7 +129,7 @@ class FeatureStore:
                 self.levels[level][slot].copy_(maps[0].permute(1, 2, 0).flatten(0, 1))
 
     def copy_from(self, other: FeatureStore, slots: int) -> None:
-        """Takes over the first slots of a store of the same backbone and image size."""
+        """Take over the first slots of a store of the same backbone and image size."""
         for mine, theirs in zip((*self.levels, *self.masks), (*other.levels, *other.masks), strict=True):
             mine[:slots].copy_(theirs[:slots])
 
@@ -139,26 +139,26 @@ class FeatureStore:
         slot: Tensor,  # int64 [n]
         position: Tensor,  # int64 [n], y * width + x
     ) -> Tensor:
-        """The numbers int64 [n] of patches among all patches of a level, where the features are."""
+        """Return the numbers int64 [n] of patches among all patches of a level, where the features are."""
         return to_device(slot * self.levels[level].shape[1] + position, self.home)
 
     def patches(self, level: int) -> Tensor | None:
-        """All patches of a level, [slots * h * w, C], if they are on the training device; None if they are elsewhere.
+        """Return all patches of a level, [slots * h * w, C], if they are on the training device, else None.
 
         The flow gathers from them by itself: `flow(patches, ..., rows=rows)`.
         """
         return self.levels[level].flatten(0, 1) if self.home == self.device else None
 
     def gather(self, level: int, rows: Tensor) -> Tensor:
-        """The features [n, C] of patches, on the training device."""
+        """Return the features [n, C] of patches, on the training device."""
         return select_to_device(self.levels[level].flatten(0, 1), rows, self.device)
 
     def labels(self, level: int, rows: Tensor) -> Tensor:
-        """Which of the patches are anomalous, bool [n], on the training device."""
+        """Return which of the patches are anomalous, bool [n], on the training device."""
         return select_to_device(self.masks[level].flatten(), rows, self.device)
 
     def maps(self, level: int, slots: Sequence[int]) -> Tensor:
-        """The features of some images as [n, C, h, w], on the training device."""
+        """Return the features of some images as [n, C, h, w], on the training device."""
         channels, height, width = self.shapes[level]
         rows = self.levels[level].index_select(0, torch.as_tensor(slots, device=self.home)).to(self.device)
         return rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
@@ -169,7 +169,7 @@ def cell_mask(
     size: tuple[int, int],
     labels: CellLabels,
 ) -> Tensor:
-    """The masks at a level's size, bool [B, h, w]: by the nearest pixel, or by any pixel of the cell.
+    """Return the masks at a level's size, bool [B, h, w]: by the nearest pixel, or by any pixel of the patch.
 
     Nearest is what the official code does. A scratch two pixels wide then labels few of the stride-16 cells that see
     it, and the others train as normal; "any" labels them all.
@@ -182,10 +182,10 @@ def cell_mask(
 def backbone_shapes(
     backbone: Backbone, image_size: tuple[int, int], device: torch.device
 ) -> list[tuple[int, int, int]]:
-    """(channels, height, width) of every level, found by running one mid-grey image."""
-    grey = torch.full((1, 3, *image_size), 128, dtype=torch.uint8, device=device)
+    """Return (channels, height, width) of every level, from running one mid-gray image."""
+    gray = torch.full((1, 3, *image_size), 128, dtype=torch.uint8, device=device)
     with torch.no_grad():
-        return [(f.shape[1], f.shape[2], f.shape[3]) for f in backbone.extract(grey)]
+        return [(f.shape[1], f.shape[2], f.shape[3]) for f in backbone.extract(gray)]
 
 
 @torch.inference_mode()
@@ -195,7 +195,7 @@ def extract_into(
     batches: Iterable[tuple[Sequence[int], Tensor, Tensor]],  # slots, images [B, 3, H, W], masks [B, H, W]
     on_images: Callable[[int], None] | None = None,
 ) -> None:
-    """Runs the backbone over batches and stores what it says; `on_images(n)` is called after every batch of n."""
+    """Run the backbone over batches and store its features; call `on_images(n)` after every batch of n."""
     for slots, images, masks in batches:
         store.put(slots, backbone(images.to(store.device)), masks)
         if on_images is not None:
@@ -209,7 +209,7 @@ def _choose_placement(placement: Placement, size: int, device: torch.device) -> 
         raise ConfigError("placement 'pinned' is for training on a GPU; use 'memory' or 'auto' on a CPU")
     if placement != "auto":
         return "memory" if placement == "device" and device.type == "cpu" else placement
-    # Half of what is free is left to activations, the optimiser and everybody else.
+    # Half of what is free is left to activations, the optimizer and everybody else.
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if size < free / 2:
@@ -220,7 +220,7 @@ def _choose_placement(placement: Placement, size: int, device: torch.device) -> 
 
 
 def _available_memory() -> float:
-    """Bytes of host memory that can be taken without swapping; infinite where the system does not say."""
+    """Return the bytes of host memory that are available without swapping; infinite where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

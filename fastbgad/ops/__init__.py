@@ -7,7 +7,7 @@ is the oracle. An explicit choice never falls back silently.
 
 from .boundary.dispatcher import Boundary, boundary
 from .debug import debug_checks
-from .dispatch import Impl, Precision, resolve_impl
+from .dispatch import Impl, MatmulPrecision, Precision, resolve_impl
 from .flow.dispatcher import FlowOutput, flow_forward, flow_inverse
 from .flow.registered import FlowPack, Geometry, pack_flow
 from .log_likelihood.dispatcher import log_likelihood
@@ -22,6 +22,7 @@ __all__ = [
     "FlowPack",
     "Geometry",
     "Impl",
+    "MatmulPrecision",
     "MlForm",
     "PositionalRows",
     "Precision",

@@ -1,4 +1,4 @@
-"""Lists of images: found one by one in a stable order, and kept in a file that millions of names fit into."""
+"""Lists of images: found one by one in a stable order, and stored in a file that millions of names fit into."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class WrittenList:
-    """What `write_list` wrote."""
+    """The result of `write_list`."""
 
     count: int
     sha256: str
@@ -40,7 +40,7 @@ class WrittenList:
 
 
 def iterate_images(patterns: Sequence[str | Path], leave_out: str | Path | None = None) -> Iterator[str]:
-    """The images that files, folders (searched recursively) and globs name, each once, in a stable order.
+    """Yield the images that files, folders (searched recursively) and globs name, each once, in a stable order.
 
     Folders are read one after the other as the iteration goes on, so the memory grows with the largest of them only.
     Links to folders are not followed, and folders without the right to read are passed over.
@@ -74,7 +74,7 @@ def iterate_images(patterns: Sequence[str | Path], leave_out: str | Path | None 
 
 
 def write_list(target: str | Path, images: Iterable[str], part_size: int) -> WrittenList:
-    """Writes names to a file, atomically and as they come, and says where its parts of `part_size` names begin.
+    """Write names to a file, atomically and as they come; return where its parts of `part_size` names begin.
 
     Raises:
         OutputError: the file cannot be written.
@@ -99,7 +99,7 @@ def write_list(target: str | Path, images: Iterable[str], part_size: int) -> Wri
 
 
 def read_part(path: str | Path, part: Part) -> list[Path]:
-    """The names of one part of a list.
+    """Return the names of one part of a list.
 
     Raises:
         OutputError: the file is missing or shorter than it was written.
@@ -130,7 +130,7 @@ def _matching(pattern: str | Path, forbidden: str | None) -> Iterator[str]:
 
 
 def _below(folder: str, prefix: str, forbidden: str | None) -> Iterator[str]:
-    """Images below a folder, sorted by the parts of their paths."""
+    """Yield the images below a folder, sorted by the parts of their paths."""
     if forbidden is not None and os.path.abspath(folder) == forbidden:
         return
     try:

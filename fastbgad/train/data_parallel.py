@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
-from ..system.ranks import Place
+from ..system.ranks import Rank
 from ..system.transfers import to_device
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def process_group(place: Place, device: torch.device) -> Iterator[DataParallel | None]:
-    """The processes that torchrun started with this one, as a group for the length of a block; None for one alone.
+def process_group(rank: Rank, device: torch.device) -> Iterator[DataParallel | None]:
+    """Yield the group of processes that torchrun started with this one; None for one alone.
 
     Raises:
         ConfigError: they were started by something else, which does not say where they find each other.
     """
-    if place.world == 1:
+    if rank.world == 1:
         yield None
         return
-    if place.launcher != "torchrun":
+    if rank.launcher != "torchrun":
         raise ConfigError(
-            f"{place.launcher} started {place.world} processes; to share a training, start them with torchrun "
+            f"{rank.launcher} started {rank.world} processes; to share a training, start them with torchrun "
             "(`srun torchrun --nnodes N --nproc-per-node G -m fastbgad train ...`, one task per machine)"
         )
     if device.type == "cuda":
@@ -76,11 +76,11 @@ class DataParallel:
             raise ConfigError("this process is not a member of the group that trains")
 
     def owned(self, items: Sequence[int]) -> list[int]:
-        """Those of these images, numbered through, that belong to this process."""
+        """Return those of these images, given by their numbers, that belong to this process."""
         return [item for item in items if item % self.world == self.rank]
 
     def share(self, items: Tensor, positions: Tensor, slots: Tensor, area: int) -> SharedRows:
-        """A chunk of patches, given by image [n] and position [n], divided among the processes.
+        """Divide a chunk of patches, given by image [n] and position [n], among the processes.
 
         Args:
             items: numbers of the images.
@@ -98,13 +98,13 @@ class DataParallel:
         return SharedRows(slots[items[own]] * area + positions[own], order, most)
 
     def wrap(self, flow: nn.Module) -> nn.Module:
-        """The flow with gradients averaged over the processes after each backward."""
+        """Return the flow with gradients averaged over the processes after each backward."""
         on_gpu = next(flow.parameters()).device.type == "cuda"
         devices = [next(flow.parameters()).device] if on_gpu else None
         return DistributedDataParallel(flow, device_ids=devices, process_group=self.group)
 
     def gather_rows(self, lp: Tensor, anomalous: Tensor, shared: SharedRows) -> tuple[Tensor, Tensor]:
-        """lp [n] and labels [n] of the whole chunk, in its order, from this process's own rows.
+        """Return lp [n] and labels [n] of the whole chunk, in its order, from this process's own rows.
 
         The gradient of the result reaches this process's rows alone, multiplied by the number of processes: the average
         that DistributedDataParallel takes of the weights' gradients then is their sum.
@@ -114,24 +114,24 @@ class DataParallel:
         return _GatherRows.apply(lp, self, order, shared.most), labels
 
     def gather_images(self, values: Tensor, count: int) -> Tensor:
-        """Values [count, ...] of all images in their order, from those of this process's own images, in their order."""
+        """Return the values [count, ...] of all images in order, given those of this process's own images in order."""
         most = -(-count // self.world)
         gathered = self._gather(values, most).view(self.world, most, *values.shape[1:])
         # Image i is number i // world of process i % world.
         return gathered.transpose(0, 1).reshape(self.world * most, *values.shape[1:])[:count]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         total = values.clone()
         dist.all_reduce(total, group=self.group)
         return total
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in any process."""
+        """Return True if the flag is set in any process."""
         return bool(self.sum(torch.tensor(int(flag), device=device)))
 
     def _gather(self, values: Tensor, most: int) -> Tensor:
-        """The values of all processes one after the other, each filled up to `most` rows."""
+        """Return the values of all processes one after the other, each filled up to `most` rows."""
         padded = values.new_zeros(most, *values.shape[1:])
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(self.world)]

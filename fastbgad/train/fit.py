@@ -32,6 +32,7 @@ from ..features.image_features import ImageFeatures
 from ..features.store import Placement
 from ..model.calibration import calibration_of, stored_log_likelihoods
 from ..model.detector import BGAD
+from ..ops.dispatch import resolve_matmul_precision
 from ..progress import Progress, Record
 from ..system.files import make_folder, write_json, write_text
 from ..system.interrupt import interrupt_flag
@@ -89,7 +90,7 @@ def fit(
         resume: continue the run in `run_dir`, bit for bit on the same machine; a finished run returns at once.
         features: of the images, shared with other runs (they need `spare_slots` spare ones); None makes its own.
         placement: where own features are kept, see `fastbgad.features`.
-        workers: threads that decode images and synthesise anomalies.
+        workers: threads that decode images and synthesize anomalies.
         parallel: the processes that share this run. All of them call this with the same arguments; the results are
             those of one process but for rounding, and the first one writes the files.
         on_progress: called after every batch of images.
@@ -179,7 +180,7 @@ class TrainingRun:
         self.last_read = (-math.inf, Record())
         self.known_beyond: dict[str, int] = {}
 
-        # Items are the images of the run, numbered through: normals, known anomalies, then what is synthesised of them.
+        # Items are the images of the run, numbered through: normals, known anomalies, then what is synthesized of them.
         known = split.known_anomalies if config.uses_anomalies else ()
         self.files = [*split.normals, *known]
         recipe = AnomalySynthesis(repeat=config.anomalies.repeat, cut_paste=config.anomalies.cut_paste)
@@ -301,7 +302,7 @@ class TrainingRun:
             self._stop()
 
     def _train_batch(self, batch: Tensor, lr: float, first_phase: bool) -> None:
-        """Optimiser steps of every level on all patches of a batch of images."""
+        """Optimizer steps of every level on all patches of a batch of images."""
         rows = self.config.schedule.chunk_rows
         steps = [math.ceil(len(batch) * trainer.area / rows) for trainer in self.levels]
         for level, trainer in enumerate(self.levels):
@@ -322,7 +323,7 @@ class TrainingRun:
         return (share(items, place, self.slots, area) for items, place in patch_chunks(batch, area, rows, key))
 
     def _take_synthesis(self) -> None:
-        """Waits for the synthesised anomalies of this pass and looks up where they are."""
+        """Waits for the synthesized anomalies of this pass and looks up where they are."""
         own = self.owned[len(self.own_files) :]
         self.slots[own] = torch.tensor(self.synthesis.take(self._generation(self.pass_index)), dtype=torch.int64)
 
@@ -390,7 +391,7 @@ class TrainingRun:
             "architecture": self.model.architecture(),
             "backbone": self.model.backbone.fingerprint(),
             "training": self.config.as_dict(),
-            "precision": self.model.flow(0).precision,
+            "precision": resolve_matmul_precision(self.model.flow(0).matmul_precision),
             "normals": [sample.image.name for sample in self.split.normals],
             "known_anomalies": self._known_names(),
         }

@@ -40,7 +40,7 @@ class CapturedSteps:
         self._possible = True
 
     def __call__(self, rows: Tensor, first_phase: bool) -> None:
-        """One step, on the current stream."""
+        """Take one step, on the current stream."""
         key = (len(rows), first_phase)
         if key not in self._captured:
             seen = self._seen[key] = self._seen.get(key, 0) + 1

@@ -1,4 +1,4 @@
-"""Synthesised anomalies, made by threads while training goes on with those made before.
+"""Synthesized anomalies, made by threads while training uses those made before.
 
 The images of the next generation are made while the current one is trained on. On a GPU their features are extracted
 in the background as well, on a stream of their own, into the slots that the current generation does not use; on a CPU
@@ -22,10 +22,10 @@ BANKS = 2
 
 
 class SynthesisAhead:
-    """The synthesised anomalies of a run, generation after generation.
+    """The synthesized anomalies of a run, generation after generation.
 
     Args:
-        anomalies: the plan of what is synthesised.
+        anomalies: the plan of what is synthesized.
         indices: its items that this process is responsible for.
         features: where their features go: into `BANKS` sets of its spare slots.
         generations: how many there will be.
@@ -52,12 +52,12 @@ class SynthesisAhead:
         self._there = -1  # the generation whose features were handed out last
 
     def slots(self, generation: int) -> list[int]:
-        """The slots of a generation's features, in the order of `indices`."""
+        """Return the slots of a generation's features, in the order of `indices`."""
         first = self.features.spare.start + generation % BANKS * len(self.indices)
         return list(range(first, first + len(self.indices)))
 
     def take(self, generation: int) -> list[int]:
-        """Waits until a generation's features are there and returns their slots; starts with the next one.
+        """Wait until a generation's features are stored and return their slots; start making the next generation.
 
         Raises:
             DataError: an anomaly that cannot be pasted. FeatureError: features that are not finite.
@@ -79,7 +79,7 @@ class SynthesisAhead:
         return self.slots(generation)
 
     def close(self) -> None:
-        """Stops the threads; images that are being made are waited for, others are not begun."""
+        """Stop the threads; images that are being made are waited for, others are not begun."""
         for pool in (self._makers, self._extractor):
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -97,7 +97,7 @@ class SynthesisAhead:
         return self._extracted[generation]
 
     def _extract_aside(self, generation: int, before: torch.cuda.Event) -> None:
-        """In the background: `_extract` on a stream of its own; returns when the features are there."""
+        """Run `_extract` in the background, on its own stream; return when the features are stored."""
         assert self._stream is not None
         try:
             with torch.cuda.stream(self._stream):

@@ -121,7 +121,7 @@ def test_no_images_or_images_without_texture_are_refused() -> None:
     backbone = GaborBackbone()
     with pytest.raises(FeatureError, match="no batch of normal images"):
         backbone.fit([])
-    with pytest.raises(FeatureError, match="all of one colour"):
+    with pytest.raises(FeatureError, match="all of one color"):
         backbone.fit([torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)])
     assert backbone.needs_fit
     with pytest.raises(FeatureError, match="span nan"):

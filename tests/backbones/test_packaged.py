@@ -27,8 +27,8 @@ from fastbgad.__main__ import _show_warning, main
 from fastbgad.backbones import create_backbone, packaged
 from fastbgad.backbones import weights as weights_module
 from fastbgad.backbones.packaged import WeightsPackage, is_installed, package_of, packaged_state, packages
-from fastbgad.cli import commands
 from fastbgad.cli.reproduce import settled
+from fastbgad.cli.train import check_same_weights
 from fastbgad.errors import BackboneError, CheckpointError, FastBGADError, MissingDependencyError, Notice
 from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running import cell_runner as run_module
@@ -439,7 +439,7 @@ def test_processes_that_share_a_training_have_the_same_weights(
 
     model = BGAD(create_backbone(NAME, (0,), "random", standardize="none"), (64, 64))
     model.backbone.weights_source = source  # type: ignore[assignment]
-    check = lambda: commands._check_same_weights(model, Two(), torch.device("cpu"))  # noqa: E731
+    check = lambda: check_same_weights(model, Two(), torch.device("cpu"))  # noqa: E731
     if fits:
         check()
     else:

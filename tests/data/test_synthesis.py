@@ -15,7 +15,6 @@ from fastbgad.data import (
     load_sample,
     open_category,
     rand_augment_cut_paste,
-    repeat_anomalies,
     split_known_anomalies,
     synthesis,
 )
@@ -174,14 +173,6 @@ def test_unfit_arguments(scene):
 def test_impossible_recipes(arguments):
     with pytest.raises(ConfigError):
         AnomalySynthesis(**arguments)
-
-
-def test_repeated_utilisation(tmp_path):
-    make_mvtec(tmp_path)
-    known = open_category(tmp_path).test[:2]
-    assert repeat_anomalies(known, 3) == [known[0]] * 3 + [known[1]] * 3
-    with pytest.raises(ConfigError):
-        repeat_anomalies(known, 0)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_features_of_another_run_are_refused(split: Split) -> None:
     with pytest.raises(ConfigError, match="another backbone"):
         fit(tiny_model(config), split, config, features=features)
     model = BGAD(features.backbone, (SIZE, SIZE), flow=config.flow)
-    with pytest.raises(ConfigError, match="0 spare slots but the run synthesises 8"):
+    with pytest.raises(ConfigError, match="0 spare slots but the run synthesizes 8"):
         fit(model, split, config, features=features)
 
 

@@ -133,7 +133,7 @@ SPILLING = """
 import triton
 import triton.language as tl
 from fastbgad.kernels.resources import compile_variant
-from fastbgad.kernels.variant import Variant
+from fastbgad.kernels.variants import Variant
 
 
 @triton.jit

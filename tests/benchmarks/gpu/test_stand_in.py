@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.gpu import pytest_stand_in, stand_in_driver
-from fastbgad.kernels.variant import MODULES
+from fastbgad.kernels.variants import MODULES
 from tests import ROOT
 from tests.grids import slow
 

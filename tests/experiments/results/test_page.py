@@ -16,7 +16,7 @@ from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.results.charts import drawings_of
 from fastbgad.experiments.results.outputs import print_plans, write_outputs
 from fastbgad.experiments.results.pictures import load_examples
-from fastbgad.experiments.results.summary import summarise
+from fastbgad.experiments.results.summary import summarize
 from fastbgad.render.plots import heat_colors
 from fastbgad.render.svg import CSS, for_paper
 from tests.evaluate.test_report import Page
@@ -165,7 +165,7 @@ def test_names_cannot_break_the_page(tmp_path):
 def test_charts_are_drawn_on_paper_and_on_the_page():
     plans = [table(), sweep(methods=["bgad", "nfad"]), sweep(name="onoff", values=(False, True), option="loss.focal")]
     for plan in plans:
-        drawing = next(drawings_of(summarise(plan, results_of(plan))))
+        drawing = next(drawings_of(summarize(plan, results_of(plan))))
         assert "var(--series-1)" in drawing.chart.svg
         text = for_paper(drawing.svg)
         ET.fromstring(text)
@@ -185,7 +185,7 @@ def x_of(svg: str, color: str) -> list[float]:
 def test_the_axis_of_a_sweep_follows_its_values():
     def places(values, **changes) -> list[float]:
         plan = sweep(values=values, **changes)
-        drawing = next(drawings_of(summarise(plan, results_of(plan, best=None))))
+        drawing = next(drawings_of(summarize(plan, results_of(plan, best=None))))
         return x_of(drawing.chart.svg, "var(--series-1)")[: len(values)]
 
     a, b, c = places((0.001, 0.01, 0.1))
@@ -201,10 +201,10 @@ def test_the_axis_of_a_sweep_follows_its_values():
 def test_incomplete_points_are_not_drawn():
     plan = sweep(values=(0.001, 0.01, 0.1))
     there = results_of(plan, best=None)
-    complete = next(drawings_of(summarise(plan, there))).chart.svg
+    complete = next(drawings_of(summarize(plan, there))).chart.svg
     for one in plan.points[1].cells:
         del there[one]
-    drawn = next(drawings_of(summarise(plan, there))).chart.svg
+    drawn = next(drawings_of(summarize(plan, there))).chart.svg
     places = [len(set(x_of(svg, "var(--series-1)"))) for svg in (complete, drawn)]
     assert places == [4, 3]  # one of them is the legend's
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastbgad.experiments.results.latex import escaped, latex_text
 from fastbgad.experiments.results.matrix import matrix_of
-from fastbgad.experiments.results.summary import Estimate, Measured, summarise
+from fastbgad.experiments.results.summary import Estimate, Measured, summarize
 from fastbgad.experiments.results.tables import SWEEP_COLUMNS, TABLE_COLUMNS, csv_text, print_summary
 from fastbgad.experiments.results.texts import count_text, method_text, ours_text, percent, row_text, signed, value_text
 from tests.made_up_results import cell, published, result, sweep, table
@@ -42,7 +42,7 @@ def lines_of(text: str) -> dict[tuple[str, ...], dict[str, str]]:
 
 
 def test_csv_has_every_number_once():
-    text = csv_text(summarise(table(), RESULTS, NUMBERS))
+    text = csv_text(summarize(table(), RESULTS, NUMBERS))
     assert text.splitlines()[0] == ",".join(TABLE_COLUMNS)
     lines = lines_of(text)
     assert len(lines) == len(text.splitlines()) - 1 == 1 + 2 * 3 * 3 * 2
@@ -65,7 +65,7 @@ def test_csv_has_every_number_once():
 def test_csv_of_a_sweep():
     plan = sweep(values=(False, True), option="loss.focal", logarithmic=False)
     first = plan.points[0].cells
-    text = csv_text(summarise(plan, {first[0]: result(first[0], 0.8, 0.9), first[1]: result(first[1], 0.9, 0.9)}))
+    text = csv_text(summarize(plan, {first[0]: result(first[0], 0.8, 0.9), first[1]: result(first[1], 0.9, 0.9)}))
     lines = list(csv.DictReader(io.StringIO(text)))
     assert tuple(lines[0]) == SWEEP_COLUMNS
     assert len(lines) == 2 * 3 * 2
@@ -103,7 +103,7 @@ def assert_sound_latex(text: str) -> None:
 
 
 def test_latex_holds_the_numbers_of_both_selections_apart():
-    text = latex_text(summarise(table(), RESULTS, NUMBERS))
+    text = latex_text(summarize(table(), RESULTS, NUMBERS))
     assert_sound_latex(text)
     last, best = text.split(r"\begin{table*}")[1:]
     assert r"\label{tab:toy-image-auroc-last}" in last
@@ -118,9 +118,9 @@ def test_latex_holds_the_numbers_of_both_selections_apart():
 
 def test_latex_escapes_names_and_survives_emptiness():
     hostile = table(categories=["a_b&c%d#{x}$~^\\"], title="100% \\of_it")
-    assert_sound_latex(latex_text(summarise(hostile, {}, NUMBERS)))
+    assert_sound_latex(latex_text(summarize(hostile, {}, NUMBERS)))
     assert escaped("a_b & 50% {x} \\ BGAD†") == r"a\_b \& 50\% \{x\} \textbackslash{} BGAD$^\dagger$"
-    text = latex_text(summarise(table(), {}, NUMBERS))
+    text = latex_text(summarize(table(), {}, NUMBERS))
     assert_sound_latex(text)
     assert "carpet & 90.00 & -- (0/2 cells) & -- & -- & -- (0/2 cells) & -- & 60.00" in text
     assert r"\textbf" not in text
@@ -128,29 +128,29 @@ def test_latex_escapes_names_and_survives_emptiness():
 
 def test_latex_of_several_settings_and_of_sweeps():
     both = table(settings=["one_class", "hard_subsets"])
-    text = latex_text(summarise(both, {}))
+    text = latex_text(summarize(both, {}))
     assert_sound_latex(text)
     assert r"\multicolumn{7}{l}{\emph{Hard subsets}} \\" in text
     plan = sweep(methods=["bgad", "nfad"])
     there = {one: result(one, 0.9) for one in plan.cells}
-    text = latex_text(summarise(plan, there))
+    text = latex_text(summarize(plan, there))
     assert_sound_latex(text)
     assert r"0.01 & 90.00 $\pm$0.00 & -- & 90.00 $\pm$0.00 & -- \\" in text
     assert text.count(r"\begin{table*}") == 3
 
 
 def test_the_terminal_shows_published_ours_and_differences(capsys):
-    print_summary(summarise(table(), RESULTS, NUMBERS))
+    print_summary(summarize(table(), RESULTS, NUMBERS))
     lines = [[part.strip() for part in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
     assert ["carpet", "NFAD", "90.00", "92.00 ±1.41", "+2.00", "93.00 ±1.41", "+3.00", "2 seeds"] in lines
     assert ["Mean", "BGAD", "95.00 ±0.20", "97.00", "+2.00", "98.00", "+3.00", "1/2 seeds"] in lines
     assert ["grid", "-"] in lines  # of DRA
     assert ["carpet", "60.00"] in lines
-    print_summary(summarise(table(), {}, NUMBERS))
+    print_summary(summarize(table(), {}, NUMBERS))
     lines = [[part.strip() for part in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
     assert ["carpet", "NFAD", "90.00", "-", "-", "-", "-", "0/2 cells"] in lines
     plan = sweep()
-    print_summary(summarise(plan, {one: result(one, 0.5) for one in plan.points[0].cells}))
+    print_summary(summarize(plan, {one: result(one, 0.5) for one in plan.points[0].cells}))
     lines = [[part.strip() for part in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
     assert ["0.01", "BGAD", "AUPRO", "40.00 ±0.00", "-", "2 seeds"] in lines
     assert ["0.1", "BGAD", "AUPRO", "-", "-", "0/2 cells"] in lines
@@ -160,7 +160,7 @@ def test_the_best_is_marked_among_ours_only():
     def best(values: dict[str, float], selection: str = "last") -> list[frozenset[int]]:
         there = {(one := cell("carpet", method)): result(one, value, 0.5) for method, value in values.items()}
         plan = table(categories=["carpet"], seeds=[0])
-        return [line.best for line in matrix_of(summarise(plan, there, NUMBERS), "image_auroc", selection).lines]
+        return [line.best for line in matrix_of(summarize(plan, there, NUMBERS), "image_auroc", selection).lines]
 
     assert best({"nfad": 0.8, "bgad": 0.9}) == [{1}, {1}]
     assert best({"nfad": 0.9, "bgad": 0.8}) == [{0}, {0}]
@@ -171,7 +171,7 @@ def test_the_best_is_marked_among_ours_only():
 
 def test_columns_begin_with_the_papers_methods():
     numbers = [published("carpet", method, "aupro", 0.5) for method in ("DRA", "PaDiM", "CFLOW-AD", "NFAD", "BGAD")]
-    summary = summarise(table(methods=["cflow_ad", "bgad", "nfad"]), {}, numbers)
+    summary = summarize(table(methods=["cflow_ad", "bgad", "nfad"]), {}, numbers)
     columns = matrix_of(summary, "aupro", "last").columns
     assert [column.method for column in columns] == ["NFAD", "BGAD", "CFLOW-AD", "DRA", "PaDiM"]
     assert [column.is_measured for column in columns] == [True, True, True, False, False]
@@ -180,12 +180,12 @@ def test_columns_begin_with_the_papers_methods():
 def test_settings_of_one_mean_each_are_rows():
     plan = table(settings=["multi_class", "hard_subsets"])
     means = type(plan)("toy", "", "", "mvtec", tuple(row for row in plan.rows if row.row == "mean"))
-    lines = matrix_of(summarise(means, {}), "aupro", "last").lines
+    lines = matrix_of(summarize(means, {}), "aupro", "last").lines
     assert [(line.full_text, line.setting, line.is_mean) for line in lines] == [
         ("Multi-class", "", False),
         ("Hard subsets", "", False),
     ]
-    lines = matrix_of(summarise(plan, {}), "aupro", "last").lines
+    lines = matrix_of(summarize(plan, {}), "aupro", "last").lines
     assert [line.full_text for line in lines][2:4] == ["Multi-class, Mean", "Hard subsets, carpet"]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.kernels.flow.weights import FlowWeights
-from fastbgad.ops import Geometry, PositionalRows, Precision, pack_flow
+from fastbgad.ops import Geometry, MatmulPrecision, PositionalRows, pack_flow
 from fastbgad.ops.flow.registered import _flow_pack_fake, _plain_pack, flow_pack, stacked_codes
 from tests.flows import lively_flow, whole_error
 from tests.grids import grid, slow
@@ -16,7 +16,7 @@ from tests.grids import grid, slow
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def arguments(spec: FlowSpec, kind: str, precision: Precision, device: torch.device) -> tuple:
+def arguments(spec: FlowSpec, kind: str, precision: MatmulPrecision, device: torch.device) -> tuple:
     """What the operator and its plain form are called with."""
     flow = lively_flow(spec).to(device)
     with torch.no_grad():  # where softplus is tiny, and where it is linear
@@ -33,7 +33,9 @@ def arguments(spec: FlowSpec, kind: str, precision: Precision, device: torch.dev
     kind=["none", "positions", "dense"],
     shape=[(8, 128), (41, 128), (64, 20), (200, 128)],
 )
-def test_equals_plain_packing(precision: Precision, kind: str, shape: tuple[int, int], device: torch.device) -> None:
+def test_equals_plain_packing(
+    precision: MatmulPrecision, kind: str, shape: tuple[int, int], device: torch.device
+) -> None:
     """To the last bits of float32 and, rounded from there, at most one step of float16 apart."""
     channels, condition = shape
     spec = FlowSpec(channels, 0 if kind == "none" else condition, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbgad import reference
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.kernels.tile_sizes import use_tiles
-from fastbgad.ops import PositionalRows, Precision, flow_forward
+from fastbgad.ops import MatmulPrecision, PositionalRows, flow_forward
 from fastbgad.ops.flow.gradient_scale import gradient_scale
 from tests.flow_problems import CONDITIONS, GRADIENT_TOLERANCE, LP_TOLERANCE, Problem
 from tests.flows import double, lively_flow, whole_error
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "large_tiles")
 
 
 @grid(precision=["float32", "float16"], kind=CONDITIONS, shape=[(1, 8), (63, 41), (200, 40)])
-def test_forward(precision: Precision, kind: str, shape: tuple[int, int], device: torch.device) -> None:
+def test_forward(precision: MatmulPrecision, kind: str, shape: tuple[int, int], device: torch.device) -> None:
     rows, channels = shape
     problem = Problem(kind, rows, channels, device)
     out = problem.run(precision, return_z=True)
@@ -51,7 +51,7 @@ def test_forward(precision: Precision, kind: str, shape: tuple[int, int], device
         ("float32", 20, 2),
     ],
 )
-def test_forward_of_eight_layers(precision: Precision, rows: int, channels: int, device: torch.device) -> None:
+def test_forward_of_eight_layers(precision: MatmulPrecision, rows: int, channels: int, device: torch.device) -> None:
     """The depth that ships, at the widths that ship: 72 and 200 channels are staged in memory between layers."""
     problem = Problem("gathered", rows, channels, device, layers=8)
     lp, _, _ = problem.exact()
@@ -62,7 +62,7 @@ def test_forward_of_eight_layers(precision: Precision, rows: int, channels: int,
 @pytest.mark.parametrize(
     ("precision", "channels"), [("float32", 40), slow("float16", 40), slow("float32", 200), ("float16", 200)]
 )
-def test_maps_of_eight_layers(precision: Precision, channels: int, device: torch.device) -> None:
+def test_maps_of_eight_layers(precision: MatmulPrecision, channels: int, device: torch.device) -> None:
     problem = Problem("raster", 77, channels, device, layers=8)
     lp, _, _ = problem.exact()
     assert whole_error(problem.run(precision).log_likelihood, lp) < LP_TOLERANCE[precision]
@@ -76,7 +76,7 @@ def test_maps_of_any_shape(height: int, width: int, maps: int, device: torch.dev
     positions = PositionalRows(height, width)
     x = torch.randn(maps * height * width, 9, device=device)
     flow.requires_grad_(False)
-    out = flow_forward(x, flow.weights(), spec, positions, impl="triton", precision="float32")
+    out = flow_forward(x, flow.weights(), spec, positions, impl="triton", matmul_precision="float32")
     dense = positions.dense(len(x), torch.float64, device)
     z, log_det = reference.flow_forward(x.double(), double(flow.weights()), spec, dense)
     assert whole_error(out.log_likelihood, reference.log_likelihood(z, log_det)) < LP_TOLERANCE["float32"]
@@ -117,7 +117,7 @@ def test_tiles_that_ship(channels: int, device: torch.device) -> None:
         ("float32", "positions", 33, 200),
     ],
 )
-def test_gradients(precision: Precision, kind: str, rows: int, channels: int, device: torch.device) -> None:
+def test_gradients(precision: MatmulPrecision, kind: str, rows: int, channels: int, device: torch.device) -> None:
     """Of every weight and of x, from gradients of lp, log_det and z at once."""
     problem = Problem(kind, rows, channels, device)
     count = len(problem.exact_x)
@@ -245,7 +245,7 @@ def test_only_what_needs_a_gradient(device: torch.device) -> None:
     expected = problem.gradients("float32", upstream)
     layers = [CouplingWeights(*(t.detach().clone() for t in w)) for w in problem.flow.weights()]
     layers[1].w2.requires_grad_()
-    out = flow_forward(problem.x, layers, problem.spec, problem.condition, impl="triton", precision="float32")
+    out = flow_forward(problem.x, layers, problem.spec, problem.condition, impl="triton", matmul_precision="float32")
     out.log_likelihood.backward(upstream)
     assert torch.equal(layers[1].w2.grad, expected["w2"][1])
     assert layers[0].w2.grad is None
@@ -261,7 +261,7 @@ def test_gradcheck(device: torch.device) -> None:
 
     def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         layers = [CouplingWeights(*tensors[6 * i : 6 * i + 6], rotations[i]) for i in range(2)]
-        return tuple(flow_forward(x, layers, spec, positions, return_z=True, impl="triton", precision="float32"))
+        return tuple(flow_forward(x, layers, spec, positions, return_z=True, impl="triton", matmul_precision="float32"))
 
     x = torch.randn(6, 6, device=device, requires_grad=True)
     leaves = [p.detach().clone().requires_grad_() for layer in flow.weights() for p in layer[:-1]]
