@@ -35,7 +35,7 @@ from .options import Dtype, Layout
 class Bench:
     """Time inference from image file to anomaly map, stage by stage, on your images or on generated ones.
 
-    Needs no trained model and no download: throughput depends on the shapes, not on what the weights are.
+    Needs no trained model and no download: throughput depends on the shapes, not on the weights.
 
     For example:
 
@@ -49,19 +49,20 @@ class Bench:
 
     --mode throughput shows for every image size and batch size what each stage takes per image: decoding (with the
     resizing), the copy to the GPU, the backbone, the flow of every level, scores and decisions, and pixel AUROC with
-    AUPRO. --mode latency sends single images through and shows the median and the 99th percentile. Peak memory is
-    what a stage needs beyond what was there before it. On a GPU two more columns hold flows and scoring against its
-    own copies and matrix products, measured first.
+    AUPRO. --mode latency measures single images and shows the median and the 99th percentile. Peak memory is what a
+    stage needs beyond the memory held before it. On a GPU two more columns compare flows and scoring with the rates of
+    a plain copy and a plain matrix product, which are measured first.
 
-    A row that fails, for want of memory for example, is named, and the others go on; the exit code is then 2.
+    If a row fails, for example because memory is too small, the error is printed and the other rows are measured; the
+    exit code is then 2.
     """
 
     data: Path | None = None
-    """Your images: a dataset, whose test images are taken, or any folder of images; PNG files are generated without."""
+    """Your images: a dataset, whose test images are used, or any folder of images; without it PNGs are generated."""
     category: str | None = None
     """Name of the category of a dataset with several."""
     layout: Layout = "auto"
-    """How the folders of --data are laid out; auto takes a folder without a known layout as images only."""
+    """How the folders of --data are laid out; auto treats a folder without a known layout as images only."""
     mode: Mode = "throughput"
     """throughput: a table of stages per batch size; latency: batches of one, median and 99th percentile."""
     batch_size: tuple[int, ...] = (1, 8, 32)
@@ -97,9 +98,9 @@ class Bench:
     seed: int = 0
     """Seed of weights, generated files, and the choice among your images."""
     json: Path | None = None
-    """File for all figures, written anew after every row."""
+    """File for all figures, rewritten after every row."""
     chart: Path | None = None
-    """Picture of the rows as stacked bars, .png or .svg."""
+    """Chart of the rows as stacked bars, .png or .svg."""
 
     def run(self) -> int:
         """Time every image size and batch size; print and write each row as it comes.

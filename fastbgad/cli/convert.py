@@ -21,7 +21,8 @@ from .options import Check, Layout
 class Convert:
     """Convert a checkpoint of the official BGAD, of CFLOW-AD or of anomalib's Cflow to a model of fastbgad, and back.
 
-    Whose checkpoint it is and what it holds is found out from its tensors; no code in it is run, nothing is downloaded.
+    The format, backbone, levels and flow shape are inferred from the tensors. No code in the checkpoint is run, and
+    nothing is downloaded.
 
     For example:
 
@@ -31,9 +32,8 @@ class Convert:
 
     fastbgad convert model.safetensors official.pt --to bgad
 
-    A checkpoint of other code has no calibration. --data gives the model its own, from a dataset's normal training
-    images; without it `fastbgad evaluate --calibration official` works as the other code does, and `fastbgad predict`
-    does not.
+    A checkpoint of other code has no calibration. --data calibrates the model on a dataset's normal training images.
+    Without it `fastbgad evaluate --calibration official` scores as the other code does, and `fastbgad predict` fails.
     """
 
     source: tyro.conf.Positional[Path]

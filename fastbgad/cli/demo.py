@@ -30,7 +30,7 @@ DEMO_IMAGE_SIZE = 288
 class Demo:
     """Train NFAD and BGAD on photographs of brick, grass and gravel with drawn defects, and write a report.
 
-    Needs no download and less than four minutes on two cores. A demo that was interrupted goes on where it stopped.
+    Needs no download and less than four minutes on two cores. An interrupted demo resumes where it stopped.
 
     For example:
 
@@ -52,7 +52,7 @@ class Demo:
     seed: int = 0
     """Seed of the data, the known anomalies and the training."""
     num_anomalies: int = 10
-    """Known anomalies; taken out of the test set for every method alike."""
+    """Known anomalies; removed from the test set of every method."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 

@@ -35,13 +35,13 @@ class Evaluate:
     check: Check = "full"
     """How thoroughly the dataset is checked first."""
     calibration: CalibrationName = "training"
-    """training: constants of the model; official: maxima over this test set, as the official code has it."""
+    """training: constants of the model; official: maxima over this test set, as in the official code."""
     pro_limit: float = 0.3
     """Largest false-positive rate of the AUPRO integral."""
     official_pro: bool = False
     """Also compute PRO as the official code does: 1000 thresholds, rescaled, holes filled."""
     out: Path | None = None
-    """Folder for metrics.json and report.html; without it the figures are only printed."""
+    """Folder for metrics.json and report.html; without it the metrics are only printed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = 2

@@ -23,15 +23,15 @@ class Export:
     fastbgad export --model runs/screw/model.safetensors --out screw.pt2 --format aoti --device cuda
 
     The file takes batches of any number of images, [B, 3, H, W] float32, RGB in [0, 1], of the size that the model was
-    trained at, and gives anomaly_map, image_score, image_side, decision and the log-likelihoods of every level.
-    Thresholds and image size stand in it as metadata. Before it takes its place it is loaded back, run on generated
-    images and held against the model; if it differs, nothing is written.
+    trained at, and returns anomaly_map, image_score, image_side, decision and the log-likelihoods of every level.
+    Thresholds and image size are stored as metadata. The file is first loaded, run on generated images and compared
+    with the model; if it differs, nothing is written.
     """
 
     model: Path
     """A model.safetensors that train wrote."""
     out: Path
-    """File to write: .onnx, or .pt2 for the formats torch-export and aoti; one that is there is replaced."""
+    """File to write: .onnx, or .pt2 for the formats torch-export and aoti; an existing file is replaced."""
     format: ExportFormat = "onnx"
     """onnx: for ONNX Runtime and others (needs fastbgad[export]); torch-export: for PyTorch, on any machine; aoti:
     compiled for machines like this one, for PyTorch in Python or C++ (needs a C++ compiler and a minute or more)."""

@@ -25,8 +25,8 @@ class Predict:
 
     fastbgad predict --engine ray --model runs/screw/model.safetensors --out scores --maps none archive/
 
-    --engine ray spreads millions of images over processes, GPUs and machines. They are divided into shards; each is a
-    file of its own in OUT/shards, written whole, and all are joined into scores.csv at the end.
+    --engine ray spreads millions of images over processes, GPUs and machines. The images are divided into shards. The
+    scores of each are one file in OUT/shards, written atomically; at the end all are joined into scores.csv.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -50,9 +50,9 @@ class Predict:
     shard_size: int = 1000
     """Images per shard, for --engine ray."""
     ray_address: str | None = None
-    """Cluster for --engine ray: auto, or host:port; without it Ray runs on this machine for the length of the call."""
+    """Cluster for --engine ray: auto, or host:port; without it Ray runs on this machine during the call."""
     ray_workers: int | None = None
-    """Processes with a model each, for --engine ray; if left out as many as there are GPUs, or else CPU cores."""
+    """Processes with a model each, for --engine ray; if left out, one per GPU, or per CPU core without a GPU."""
     gpus_per_worker: float = 1.0
     """GPUs of every Ray worker; with 0.5 two workers share one."""
 

@@ -61,7 +61,7 @@ _TITLES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Run the paper's tables, and sweeps over its options, and hold them against the published numbers.
+    """Run the paper's tables, and sweeps over its options, and compare them with the published numbers.
 
     For example:
 
@@ -77,17 +77,17 @@ class Reproduce:
 
     srun fastbgad reproduce --data datasets --out /shared/paper
 
-    A table or sweep consists of cells: one method, category and seed each. A cell that is in --out is never run again,
-    so a command that was stopped, by whatever, goes on where it was; cells that tables share run once. Any number of
-    processes on any number of machines may work on one --out at the same time, started by torchrun (one per GPU), by
-    SLURM's srun (examples/reproduce.sbatch) or by hand: each takes what nobody else has taken. --out must then lie on a
+    A table or sweep consists of cells: one method, category and seed each. A cell with a result in --out is never run
+    again, so the same command resumes an interrupted run; cells that tables share run once. Any number of processes on
+    any number of machines may work on one --out at the same time: each takes cells that no other process has. They are
+    started by torchrun (one per GPU), by SLURM's srun (examples/reproduce.sbatch) or by hand. --out must then be on a
     file system that all of them share. The first process waits for the others and prints.
 
-    --out gets one JSON file per cell, and for every table CSV and LaTeX, and a page with charts and pictures. Published
-    numbers stand beside ours after the last epoch, and, apart, beside the best epoch on the test set, which the paper's
-    code selects.
+    --out gets one JSON file per cell, CSV and LaTeX for every table, and a page with charts and pictures. Published
+    numbers are shown beside ours after the last epoch and, separately, beside ours at the best epoch on the test set,
+    which the paper's code selects.
 
-    The exit code is 2 if cells failed or data are missing; both are named and everything else is run.
+    The exit code is 2 if cells failed or data are missing; both are listed and everything else is run.
     """
 
     data: tuple[Path, ...]
@@ -99,7 +99,7 @@ class Reproduce:
     Sweeps: beta, tau, lambda, num_anomalies, coupling_layers, focal, augmentation, adam_coasting. Or .toml files of
     your own. All tables if none is named."""
     dry_run: bool = False
-    """Only say what would be run, what it costs, and what is missing."""
+    """Only print what would be run, what it costs, and what is missing."""
     categories: tuple[str, ...] = ()
     """Only these; means are then over fewer categories than the paper's."""
     methods: tuple[str, ...] = ()
@@ -109,11 +109,11 @@ class Reproduce:
     num_anomalies: int | None = None
     """Known anomalies of every cell; the protocols' (ten) if left out."""
     peers: bool = False
-    """Also run methods of other authors, which needs the extra peers; else their published numbers stand alone."""
+    """Also run methods of other authors, which needs the extra peers; else only their published numbers are shown."""
     check: Check = "quick"
     """How thoroughly each category is checked first: full decodes every image and finds images in training and test."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N; of several processes on a machine, each takes a GPU of its own with auto or cuda."""
+    """auto, cpu, cuda or cuda:N; of several processes on a machine, each takes another GPU with auto or cuda."""
     workers: int = 2
     """Threads that decode images, in each process."""
     backbone: str = Setup.backbone
@@ -122,7 +122,7 @@ class Reproduce:
     """pretrained (from the hub), package (needs fastbgad[weights]), random, or a .safetensors, .pth or .pt file."""
     standardize: Standardize = Setup.standardize
     """none: features as they are, as in the paper's code; whiten (the short presets), or channel: with mean 0 and
-    variance 1 on each category's training normals. gabor has a standardization of its own."""
+    variance 1 on each category's training normals. gabor has its own standardization."""
     neighborhood: int | None = None
     """Average features of stride 8 and more over so many patches a side (odd). None: 1, or 3 with --standardize whiten
     or channel."""

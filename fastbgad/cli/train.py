@@ -42,8 +42,8 @@ class Train:
 
     torchrun --nproc-per-node 4 -m fastbgad train --data mvtec --category screw --out runs/screw
 
-    The last one shares a training among four GPUs (or processes): each keeps a part of the images, and the boundary is
-    that of all rows, so the result is that of one process but for rounding.
+    The last command shares a training among four GPUs or processes. Each keeps a part of the images; the boundary is
+    computed from all rows, so the result equals that of one process up to rounding.
 
     Layouts: MVTec AD (CATEGORY/train/good, test/TYPE, ground_truth/TYPE), BTAD (CATEGORY/train/ok, test/ko,
     ground_truth/ko), or a plain folder with normal/, anomalous/ and masks/.

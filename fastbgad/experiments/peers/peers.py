@@ -49,10 +49,10 @@ def run_peer(
 ) -> PeerScores:
     """Train a method of another author on the split and score its test images.
 
-    Networks start with the weights that anomalib gives them by default, from the hub, since those of `setup` (a file or
-    a package) belong to another network; with `setup.weights` "random" they are untrained. `cell.seed` seeds weights,
-    order and all other draws, and the caller's random state is unchanged. On a GPU the same seed may give
-    slightly different scores. CFLOW-AD's scores are relative to the test images given, as in its authors' code.
+    Networks start with anomalib's default weights from the hub, since those of `setup` (a file or a package) belong to
+    another network; with `setup.weights` "random" they are untrained. `cell.seed` seeds all draws, and the caller's
+    random state is unchanged. On a GPU the same seed may give slightly different scores. CFLOW-AD's scores are relative
+    to the test images given, as in its authors' code.
 
     Args:
         cell: method, seed and, as overrides, what differs from the method's recipe.
@@ -63,9 +63,8 @@ def run_peer(
         workers: threads that decode images.
         anomaly_source: a folder of textures that DRAEM pastes as anomalies, such as the Describable Textures Dataset
             of its authors; None: it pastes noise. Other methods ignore it.
-        state: weights of the method's backbone in place of those of `setup.weights`, under the names of timm's
-            whole model. CFA then takes any timm backbone, not only those that anomalib offers it. Images are
-            normalized with that backbone's own mean and deviation.
+        state: weights of the backbone in place of those of `setup.weights`, under the names of timm's whole model. CFA
+            then takes any timm backbone. Images are normalized with that backbone's own mean and deviation.
 
     Raises:
         MissingDependencyError: anomalib is not installed.
@@ -81,8 +80,7 @@ def run_peer(
     _check_size(label, recipe, size)
     _check_images(cell, category, split)
     device = _indexed(device)
-    with _seeded(cell.seed, device):  # the import draws random numbers too
-        # anomalib is an extra, and takes seconds to import
+    with _seeded(cell.seed, device):  # the import draws random numbers; it takes seconds, and needs an extra
         from .engine import PeerTraining, train_and_score
 
     pretrained = state is None and setup.weights != "random"
@@ -91,14 +89,19 @@ def run_peer(
         maps, image_scores, facts = train_and_score(training, split)
     if maps.shape[-2:] != size:
         maps = interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    if not (torch.isfinite(maps).all() and torch.isfinite(image_scores).all()):
+    if not (maps.isfinite().all() and image_scores.isfinite().all()):
         raise FeatureError(
             f"{label} gave scores that are NaN or Inf on {category.name} with {len(split.normals)} training images; "
             "give it more images, pretrained weights or fewer epochs"
         )
-    weights = "pretrained" if pretrained else "random" if state is None else "given"
-    weights = "none" if recipe.backbone is None else weights
-    return PeerScores(maps, image_scores, {**facts, "weights": weights})
+    facts["weights"] = _weights_text(recipe, pretrained, state is not None)
+    return PeerScores(maps, image_scores, facts)
+
+
+def _weights_text(recipe: Recipe, pretrained: bool, given: bool) -> str:
+    if recipe.backbone is None:
+        return "none"
+    return "pretrained" if pretrained else "given" if given else "random"
 
 
 def _check_images(cell: Cell, category: Category, split: Split) -> None:
