@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Sample, list_categories, open_category, read_image, read_mask, resize_mask, write_noise_images
+from ..data import Sample, list_categories, open_category, read_image, read_mask, resize_mask
+from ..data.generated import write_noise_images
 from ..data.layouts import GOOD
 from ..errors import ConfigError, DataError
 from ..predict.local import find_images

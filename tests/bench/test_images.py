@@ -9,7 +9,8 @@ import pytest
 
 from fastbgad.bench import images as throughput_images
 from fastbgad.bench.images import generate_images, open_images
-from fastbgad.data import read_image, write_noise_images
+from fastbgad.data import read_image
+from fastbgad.data.generated import write_noise_images
 from fastbgad.errors import ConfigError, DataError, OutputError
 from tests.bench.conftest import SIZE, photos
 from tests.make_data import make_mvtec, normal_image, save
