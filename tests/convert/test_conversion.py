@@ -723,12 +723,12 @@ def block(content: dict[str, Any]) -> dict[str, Tensor]:
             lambda c: [block(c).pop(key) for key in list(block(c)) if key.startswith("module_list.1.")],
             r"flows differ in coupling layers \(2, 1, 2\)",
         ),
-        (lambda c: c["encoder_state_dict"].pop("conv_stem.weight"), "none that convert recognises.*--backbone NAME"),
+        (lambda c: c["encoder_state_dict"].pop("conv_stem.weight"), "none that convert recognizes.*--backbone NAME"),
         (lambda c: c["encoder_state_dict"].update({"conv_head.weight": torch.ones(1)}), "CFLOW-AD .* is no ResNet"),
         (lambda c: c["encoder_state_dict"].pop("blocks.1.0.conv_pw.weight"), "lacks 1 of .* blocks.1.0.conv_pw.weight"),
         (
             lambda c: c["encoder_state_dict"].update({"blocks.1.0.conv_pw.weight": torch.ones(96, 15, 1, 1)}),
-            "none that convert recognises",
+            "none that convert recognizes",
         ),
     ],
 )

@@ -314,7 +314,7 @@ def test_a_device_for_onnx(tiny: BGAD, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_model_too_large_for_onnx(tiny: BGAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(export_formats, "MOST_ONNX_BYTES", 1000)
-    with pytest.raises(BackendError, match="an ONNX file ends at 2 GiB; choose the format torch-export"):
+    with pytest.raises(BackendError, match="an ONNX file holds 2 GiB at most; choose the format torch-export"):
         export_detector(tiny, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
