@@ -30,7 +30,7 @@ LONGEST = (
     "convert/test_conversion.py",
     "benchmarks/gpu/test_command.py",
     "export/test_detector.py",
-    "bench/test_meter.py",
+    "cli/test_bench.py",
     "compat/anomalib/test_lightning_model.py",
     "experiments/peers/test_peers.py",
     "test_examples.py",
