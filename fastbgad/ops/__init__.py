@@ -14,7 +14,8 @@ from .log_likelihood.dispatcher import log_likelihood
 from .native.build import why_not_native
 from .positional import PositionalRows
 from .score_map.dispatcher import ScoreMap, score_map
-from .spp_loss.dispatcher import MlForm, Reduction, contrastive_loss, spp_loss
+from .spp_loss.dispatcher import contrastive_loss, spp_loss
+from .spp_loss.options import MlForm, Reduction
 
 __all__ = [
     "Boundary",

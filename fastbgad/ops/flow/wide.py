@@ -41,7 +41,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ...flow_spec import ClampForm, CouplingWeights, FlowSpec, GlobalAffine
 from ..dispatch import MatmulPrecision, interpreting, resolve_matmul_precision
-from ..log_likelihood.dispatcher import LOG_2PI
+from ..log_likelihood.portable import LOG_2PI
 from ..positional import PositionalRows
 from . import portable as flow_torch
 from .folded import fold_flow

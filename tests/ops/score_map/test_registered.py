@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
@@ -161,6 +159,6 @@ def test_compile_and_export(device: torch.device) -> None:
 
 def test_a_traced_graph_runs_without_the_kernel(monkeypatch) -> None:
     """On a CPU without the interpreter, as where a graph exported on a GPU is loaded."""
-    monkeypatch.setattr(importlib.import_module("fastbgad.ops.score_map.registered"), "interpreting", lambda: False)
+    monkeypatch.setattr("fastbgad.ops.registration.interpreting", lambda: False)
     levels, level_max = make_levels(2, torch.device("cpu"), torch.float16), torch.tensor(CONSTANTS)
     check(ScoreMap(*score_map_op(levels, 9, 7, level_max, torch.zeros(()))), levels, (9, 7), level_max, 0.0)

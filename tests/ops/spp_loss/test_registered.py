@@ -311,7 +311,7 @@ def test_registered_operations_without_the_interpreter(
 @pytest.mark.parametrize("case", [case for case in CASES if "many" not in case and case != "4096"])
 def test_contrastive_equals_oracle(case: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     # Blocks of less than all rows.
-    monkeypatch.setattr(importlib.import_module("fastbgad.ops.spp_loss.dispatcher"), "PAIRS_AT_ONCE", 100_000)
+    monkeypatch.setattr(importlib.import_module("fastbgad.ops.spp_loss.portable"), "PAIRS_AT_ONCE", 100_000)
     lp, anomalous = CASES[case]()
     fast_u = (lp / 10).to(device).requires_grad_()
     exact_u = fast_u.detach().cpu().double().requires_grad_()
