@@ -18,7 +18,7 @@ from ..model.detector import BGAD
 from ..render import console
 from ..system.environment import choose_device
 from ..system.files import make_folder
-from ..train.fit import STATE_FILE, FitResult, fit
+from ..train import STATE_FILE, FitResult, fit
 from ..wording import choose
 from .results import COLUMNS, REPORT_FILE, metric_values, report_of, write_metrics
 

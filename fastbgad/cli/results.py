@@ -14,7 +14,7 @@ from ..model.detector import BGAD
 from ..render import console
 from ..system.environment import machine, versions
 from ..system.files import write_json
-from ..train.fit import FitResult
+from ..train import FitResult
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"

@@ -22,8 +22,8 @@ from ..model.detector import BGAD
 from ..ops import Impl, MatmulPrecision
 from ..render import console
 from ..system.ranks import device_of, find_rank, threads_of
+from ..train import MODEL_FILE, FitResult, fit
 from ..train.data_parallel import DataParallel, process_group
-from ..train.fit import MODEL_FILE, FitResult, fit
 from .options import STANDARDIZE, Check, Dtype, Layout, Preset
 from .results import REPORT_FILE, evaluate_with_bar, print_decisions, print_metrics, report_of, write_metrics
 

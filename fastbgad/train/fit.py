@@ -35,8 +35,6 @@ from .items import RunItems
 from .level import LevelTrainer
 from .loss_record import mean_losses
 from .schedule import image_batches, learning_rate, patch_chunks, patch_rows
-from .state import MODEL_FILE as MODEL_FILE
-from .state import STATE_FILE as STATE_FILE
 from .state import ProgressPoint, RunFolder, check_run_folder, run_identity
 from .synthesis_ahead import SLOT_SETS, SynthesisAhead
 

@@ -18,10 +18,9 @@ import torch
 
 from ...config import METHOD_NAMES
 from ...data import Category
-from ...errors import ConfigError, FastBGADError
+from ...errors import ConfigError, FastBGADError, InterruptedTraining
 from ...progress import Progress
 from ...system.ranks import Rank
-from ...train.fit import InterruptedTraining
 from ..plan import PEERS, CategoryKey, Cell, CellResult, Dataset, categories_of
 from .claims import launch_age
 from .ledger import Ledger

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastbgad.data import Category
-from fastbgad.errors import BackboneError, DataError, FeatureError
+from fastbgad.errors import BackboneError, DataError, FeatureError, InterruptedTraining
 from fastbgad.experiments.plan.cells import Cell, CellResult
 from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running.claims import Claim
@@ -21,7 +21,6 @@ from fastbgad.experiments.running.ledger import Ledger
 from fastbgad.experiments.running.worker import Outcome, trainings_of, work
 from fastbgad.progress import Progress
 from fastbgad.system.ranks import Rank
-from fastbgad.train.fit import InterruptedTraining
 from tests.cells import FakeRunner, empty_category, result_of, some_cells
 
 FORK = multiprocessing.get_context("fork")
