@@ -38,12 +38,31 @@ def load_dv(
     FORM: tl.constexpr,
 ):
     """Return the gradient of a tile of v, [BM, BK] float32."""
-    if FORM == ABSENT:
-        return tl.zeros((row.shape[0], channel.shape[0]), tl.float32)
     if FORM == MOVED:
         source = tl.load(to_ptr + channel, mask=channel < end, other=0)  # [BK]
         return tl.load(dv_ptr + row[:, None] * C + source[None, :], mask=inside, other=0.0)
     return tl.load(dv_ptr + row[:, None] * C + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_sums(
+    sums_ptr,  # [2 * C + 2 * C2] float32, of this group of rows
+    tiles,  # doffset, dg and db2, two halves each, [BM, BK] float32
+    channel,  # [BK] int, within a half
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+):
+    """Store the sums over the rows of a group: doffset | dg | db2."""
+    d_offset1, d_offset2, d_g1, d_g2, d_b_s, d_b_t = tiles
+    C: tl.constexpr = C1 + C2
+    in_passive, in_active = channel < C1, channel < C2
+    channel_ptr = sums_ptr + channel
+    tl.store(channel_ptr, tl.sum(d_offset1, 0), mask=in_passive)
+    tl.store(channel_ptr + C1, tl.sum(d_offset2, 0), mask=in_active)
+    tl.store(channel_ptr + C, tl.sum(d_g1, 0), mask=in_passive)
+    tl.store(channel_ptr + C + C1, tl.sum(d_g2, 0), mask=in_active)
+    tl.store(channel_ptr + 2 * C, tl.sum(d_b_s, 0), mask=in_active)
+    tl.store(channel_ptr + 2 * C + C2, tl.sum(d_b_t, 0), mask=in_active)
 
 
 @triton.jit(do_not_specialize=["rows", "clamp", "inner_clamp"])
@@ -97,8 +116,12 @@ def coupling_backward_kernel(
         scale = tl.exp(clamp * tanh)  # [BM, BK]
         y2 = x2 * scale + 0.1 * (a_t + b_t)  # [BM, BK]
 
-        dv1 = load_dv(dv_ptr, to_ptr, row, channel, passive, C1, C, FORM)  # [BM, BK]
-        dv2 = load_dv(dv_ptr, to_ptr, row, channel + C1, active, C, C, FORM)  # [BM, BK]
+        if FORM == ABSENT:
+            dv1 = tl.zeros((BM, BK), tl.float32)
+            dv2 = tl.zeros((BM, BK), tl.float32)
+        else:
+            dv1 = load_dv(dv_ptr, to_ptr, row, channel, passive, C1, C, FORM)  # [BM, BK]
+            dv2 = load_dv(dv_ptr, to_ptr, row, channel + C1, active, C, C, FORM)  # [BM, BK]
         if LAST:
             pull = tl.load(pull_ptr + row, mask=inside, other=0.0)[:, None]  # [BM, 1]
             dv1 -= pull * (g1 * x1 + tl.load(offset_ptr + channel, mask=in_passive, other=0.0)[None, :])
@@ -121,13 +144,8 @@ def coupling_backward_kernel(
         d_g2 += dv2 * y2
         d_b_s += da_s
         d_b_t += da_t
-    group_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * C + 2 * C2) + channel
-    tl.store(group_ptr, tl.sum(d_offset1, 0), mask=in_passive)
-    tl.store(group_ptr + C1, tl.sum(d_offset2, 0), mask=in_active)
-    tl.store(group_ptr + C, tl.sum(d_g1, 0), mask=in_passive)
-    tl.store(group_ptr + C + C1, tl.sum(d_g2, 0), mask=in_active)
-    tl.store(group_ptr + 2 * C, tl.sum(d_b_s, 0), mask=in_active)
-    tl.store(group_ptr + 2 * C + C2, tl.sum(d_b_t, 0), mask=in_active)
+    group_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * C + 2 * C2)
+    store_sums(group_ptr, (d_offset1, d_offset2, d_g1, d_g2, d_b_s, d_b_t), channel, C1, C2)
 
 
 def coupling_backward(

@@ -1,4 +1,4 @@
-"""The flow's kernels in the configurations they ship in: what is compiled ahead of time, and what is tuned on a GPU."""
+"""The flow's kernels in the configurations that they ship in and that are tried on a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ..flow.backward import flow_backward, flow_backward_kernel, flow_weight_gradient_kernel
-from ..flow.forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, tile_key
-from ..flow.pack import BLOCK, PARTIAL_ROWS, flow_pack_kernel, flow_unpack_kernel
-from ..flow.shared import DENSE, RASTER, TABLES
+from ..flow.backward import flow_backward, flow_backward_kernel
+from ..flow.condition import DENSE, RASTER, TABLES
+from ..flow.forward import ForwardResult, flow_forward, flow_forward_kernel
+from ..flow.pack import BLOCK, flow_pack_kernel
+from ..flow.rows import Rows, raster_tile, tile_key
+from ..flow.unpack import PARTIAL_TILES, flow_unpack_kernel
+from ..flow.weight_gradient import flow_weight_gradient_kernel
 from ..flow.weights import HIDDEN_MULTIPLE, FlowWeights, most_channels_with_gradients, pack, saved_stride, tile_channels
 from ..tile_sizes import default_tiles
 from .variant import TuningCase, Variant
@@ -25,16 +28,20 @@ TRAINING_ROWS = 4096
 CLAMP = 1.9
 
 KINDS = {int(RASTER): "raster", int(TABLES): "gathered", int(DENSE): "dense"}
-OPERANDS = ("W1X", "W1P", "TABLE", "CODES", "W2", "PERM", "STAGE", "SAVED_X", "SAVED_Y2", "D_PRE")
-WHOLE_NUMBERS = ("rows", "sources", "row_stride", "height", "width", "tiles", "blocks", "layers", "splits")
-NUMBERS = ("clamp", "inner_clamp")
+# Types of the kernels' arguments: pointers to operands, to integers, to float32 (all others), and numbers.
+OPERANDS = (
+    *("w1x_ptr", "w1p_ptr", "table_ptr", "codes_ptr", "w2_ptr", "perm_ptr", "stage_ptr"),
+    *("saved_x_ptr", "saved_y2_ptr", "d_pre_ptr"),
+)
+INTEGERS = {"index_ptr": "*i64", "perm_index_ptr": "*i32", "addresses_ptr": "*i64"}
+NUMBERS = {"clamp": "fp32", "inner_clamp": "fp32"}
 
 
 def variants() -> list[Variant]:
-    """Inference on maps, training on gathered rows, and a dense condition, for every size of tile and both types.
+    """Return the configurations compiled ahead of time, for every size of tile and both types of operands.
 
-    For two sizes also the modes that drop-in users ask for: the latent, gradients of it and of the features, and a hard
-    permutation.
+    They are inference on maps, training on gathered rows, and a dense condition. For two sizes there are also the modes
+    that drop-in users need: the latent, gradients of it and of the features, and a hard permutation.
     """
     found = []
     for channels, _ in LEVELS:
@@ -62,9 +69,12 @@ def _forward_variant(channels: int, precision: str, kind: int, latent: bool = Fa
     sizes = default_tiles()["flow_forward"][tile_key(channels, precision, raster=kind == RASTER and not latent)]
     block = raster_tile(sizes["BM"])
     constants = {
-        "WANT_Z": latent, "SAVE": kind == TABLES, "TW": block[1], "KT": max(16, triton.next_power_of_2(sum(block))),
+        "WANT_Z": latent,
+        "SAVE": kind == TABLES,
+        "TW": block[1],
+        "KT": max(16, triton.next_power_of_2(sum(block))),
         "HARD": hard,
-    }  # fmt: skip
+    }
     name = "flow_forward" + " latent" * latent + " hard" * hard
     return _variant(flow_forward_kernel, name, channels, precision, kind, sizes, constants)
 
@@ -85,55 +95,59 @@ def _variant(
     sizes: Mapping[str, int],
     constants: Mapping[str, Any],
 ) -> Variant:
-    """A kernel on a flow as BGAD has it: P = 128, H = 2 (C1 + P); rows with tables are gathered."""
+    """Return a kernel's variant on a flow as in BGAD: P = 128, H = 2 (C1 + P); rows with tables are gathered."""
     hidden = hidden_channels(channels)
     values = {
-        "C": channels, "K": tile_channels(channels), "H": hidden, "HP": -(-hidden // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE,
-        "P": CONDITION_CHANNELS if kind == DENSE else 0, "PP": CONDITION_CHANNELS, "COND": kind,
-        "HAS_INDEX": kind == TABLES, "GATHER": kind == TABLES, "HARD": False, "SPLIT": precision == "float16",
-        "CS": saved_stride(channels), "NS": sizes["num_stages"], **sizes, **constants,
-    }  # fmt: skip
+        "C": channels,
+        "K": tile_channels(channels),
+        "H": hidden,
+        "HP": -(-hidden // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE,
+        "P": CONDITION_CHANNELS if kind == DENSE else 0,
+        "PP": CONDITION_CHANNELS,
+        "COND": kind,
+        "HAS_INDEX": kind == TABLES,
+        "GATHER": kind == TABLES,
+        "HARD": False,
+        "CS": saved_stride(channels),
+        "NS": sizes["num_stages"],
+        **sizes,
+        **constants,
+    }
     operand = {"float16": "*fp16", "float32": "*fp32"}[precision]
     types, used = {}, {}
     for argument in kernel.arg_names:
         if argument in values:
             used[argument] = values[argument]
-        elif argument in WHOLE_NUMBERS:
-            types[argument] = "i32"
-        elif argument in NUMBERS:
-            types[argument] = "fp32"
+        elif argument.endswith("_ptr"):
+            types[argument] = INTEGERS.get(argument, operand if argument in OPERANDS else "*fp32")
         else:
-            types[argument] = {"INDEX": "*i64", "PERM_INDEX": "*i32"}.get(
-                argument, operand if argument in OPERANDS else "*fp32"
-            )
+            types[argument] = NUMBERS.get(argument, "i32")
     title = f"{name} C={channels} {KINDS[kind]} {precision}"
     return Variant(title, kernel, types, used, sizes["num_warps"], sizes["num_stages"])
 
 
 def _pack_variants(channels: int, kind: int) -> list[Variant]:
-    """Packing float16 operands from float32 weights, and unpacking their gradients."""
-    sizes = {"BU": BLOCK, "BB": PARTIAL_ROWS, "num_warps": 8, "num_stages": 2}
+    """Return the variants that prepare float16 operands from float32 weights, and that unpack their gradients."""
+    sizes = {"BH": BLOCK, "BT": PARTIAL_TILES, "num_warps": 8, "num_stages": 2}
     constants = {"ACTIVATION": 0, "P": CONDITION_CHANNELS}
     found = []
     for name, kernel in (("flow_pack", flow_pack_kernel), ("flow_unpack", flow_unpack_kernel)):
         variant = _variant(kernel, name, channels, "float16", kind, sizes, constants)
-        types = {**variant.types, "ADDRESSES": "*i64", "CODES": "*fp32", "places": "i32"}
-        found.append(variant._replace(types={key: types[key] for key in types if key in kernel.arg_names}))
+        # These kernels read the codes as they are, before they become operands.
+        codes = {"codes_ptr": "*fp32"} if "codes_ptr" in variant.types else {}
+        found.append(variant._replace(types={**variant.types, **codes}))
     return found
 
 
 def hidden_channels(channels: int) -> int:
-    """H of a conditional flow as BGAD and CFLOW-AD have it."""
+    """Return H of a conditional flow as in BGAD and CFLOW-AD."""
     return 2 * (channels - channels // 2 + CONDITION_CHANNELS)
 
 
-# ---------------------------------------------------------------- tuning
-
-
 def tuning_cases() -> list[TuningCase]:
-    """Inference on the maps of a 1024-pixel image and training on 4096 gathered rows, with float16 operands.
+    """Return the cases: maps of a 1024-pixel image, and training on 4096 gathered rows, with float16 operands.
 
-    float32 operands are for checking; they keep their default tiles.
+    float32 operands are for checking; they keep their default tile sizes.
     """
     cases = []
     for channels, side in LEVELS[1:]:
@@ -150,7 +164,7 @@ def tuning_cases() -> list[TuningCase]:
 
 
 def _candidates(channels: int) -> list[dict[str, int]]:
-    """Tiles to try: those of which a thread's registers hold its share, in few enough combinations for a few minutes.
+    """Return tile sizes to try: those whose share fits in a thread's registers, few enough for a few minutes.
 
     Narrow rows may stay in registers (BK 0); wide ones would spill.
     """
@@ -168,7 +182,7 @@ def _candidates(channels: int) -> list[dict[str, int]]:
 
 
 def random_weights(channels: int, side: int, device: torch.device, layers: int = 8) -> FlowWeights:
-    """Weights of the size that a new flow starts with, for maps of side x side and float16 operands."""
+    """Return weights of the size that a new flow starts with, for maps of side x side and float16 operands."""
     generator = torch.Generator().manual_seed(channels)
     hidden, c2 = hidden_channels(channels), channels // 2
     inputs = channels - c2 + CONDITION_CHANNELS
@@ -179,11 +193,19 @@ def random_weights(channels: int, side: int, device: torch.device, layers: int =
     rotation = torch.linalg.qr(torch.randn(layers, channels, channels, generator=generator)).Q.to(device)
     codes = torch.randn(2, side, CONDITION_CHANNELS // 2, generator=generator).clamp(-1, 1).to(device)
     return pack(
-        draw(hidden, inputs, bound=inputs**-0.5), draw(hidden, bound=inputs**-0.5),
-        draw(2 * c2, hidden, bound=hidden**-0.5), draw(2 * c2, bound=hidden**-0.5),
-        1 + draw(channels, bound=0.1), 0.1 + draw(channels, bound=0.01), draw(channels, bound=0.1), rotation,
-        (codes[0], codes[1]), False, False, torch.float16,
-    )  # fmt: skip
+        w1=draw(hidden, inputs, bound=inputs**-0.5),
+        b1=draw(hidden, bound=inputs**-0.5),
+        w2=draw(2 * c2, hidden, bound=hidden**-0.5),
+        b2=draw(2 * c2, bound=hidden**-0.5),
+        g=1 + draw(channels, bound=0.1),
+        slope=0.1 + draw(channels, bound=0.01),
+        offset=draw(channels, bound=0.1),
+        w_perm=rotation,
+        codes=(codes[0], codes[1]),
+        dense=False,
+        hard=False,
+        dtype=torch.float16,
+    )
 
 
 Problem = Callable[[torch.device], Callable[[Mapping[str, int]], Sequence[Tensor]]]
@@ -219,11 +241,22 @@ def _backward_problem(channels: int, side: int, kernel: str) -> Problem:
             # Both launches are timed; only the tiles of one change.
             chosen = {**others, kernel: tiles}
             gradients = flow_backward(
-                rows, weights, saved, forward.lp, d_lp, torch.zeros_like(d_lp), None,
-                torch.full((1,), 16.0 * channels, device=device), channels=channels, hidden=hidden_channels(channels),
-                condition_channels=CONDITION_CHANNELS, clamp=CLAMP, scaled_tanh=False,
-                tiles=chosen["flow_backward"], weight_tiles=chosen["flow_weight_gradient"],
-            )  # fmt: skip
+                rows,
+                weights,
+                saved,
+                forward.lp,
+                d_lp,
+                d_log_det=torch.zeros_like(d_lp),
+                d_z=None,
+                scale=torch.full((1,), 16.0 * channels, device=device),
+                channels=channels,
+                hidden=hidden_channels(channels),
+                condition_channels=CONDITION_CHANNELS,
+                clamp=CLAMP,
+                scaled_tanh=False,
+                tiles=chosen["flow_backward"],
+                weight_tiles=chosen["flow_weight_gradient"],
+            )
             return gradients.w1, gradients.w2, gradients.b1, gradients.global_scale
 
         return run
@@ -242,6 +275,12 @@ def _rows(channels: int, side: int, raster: bool, device: torch.device) -> Rows:
 
 def _forward(rows: Rows, weights: FlowWeights, channels: int, tiles: Mapping[str, int], save: bool) -> ForwardResult:
     return flow_forward(
-        rows, weights, channels=channels, hidden=hidden_channels(channels), clamp=CLAMP, scaled_tanh=False, save=save,
+        rows,
+        weights,
+        channels=channels,
+        hidden=hidden_channels(channels),
+        clamp=CLAMP,
+        scaled_tanh=False,
+        save=save,
         tiles=tiles,
-    )  # fmt: skip
+    )

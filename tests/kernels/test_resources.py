@@ -303,7 +303,7 @@ def test_a_missing_tool_is_named(monkeypatch, capsys) -> None:
 
 
 def test_a_missing_kernel_module_and_an_unknown_name(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(resources, "MODULES", ("score_map", "no_such_kernel"))
+    monkeypatch.setattr("fastbgad.kernels.resources.table.MODULES", ("score_map", "no_such_kernel"))
     jobs, broken = resources.collect()
     assert {module for module, _, _ in jobs} == {"score_map"}
     assert len(broken) == 1

@@ -25,6 +25,7 @@ from fastbgad.kernels.tile_sizes import (
     tiles,
     use_tiles,
 )
+from fastbgad.kernels.tune.command import require_writable
 from fastbgad.kernels.variants import MODULES, TuningCase
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -281,6 +282,6 @@ def test_the_command_without_a_gpu(monkeypatch, capsys) -> None:
     assert all(name in text for name in (*MODULES, "use_tiles", "--seconds"))
 
 
-def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(TilesError, match="--out"):
-        tune._require_writable(tmp_path / "absent" / "gpu.json")
+        require_writable(tmp_path / "absent" / "gpu.json")
