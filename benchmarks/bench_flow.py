@@ -171,9 +171,13 @@ def gradient_error(case: Level, flow: Any, call: Callable[[], Tensor]) -> float:
     for block, exact in zip(flow.module_list, layers, strict=True):
         first, second = block.subnet[0], block.subnet[2]
         pairs = (
-            (first.weight, exact.w1), (first.bias, exact.b1), (second.weight, exact.w2), (second.bias, exact.b2),
-            (block.global_scale, exact.global_scale), (block.global_offset, exact.global_offset),
-        )  # fmt: skip
+            (first.weight, exact.w1),
+            (first.bias, exact.b1),
+            (second.weight, exact.w2),
+            (second.bias, exact.b2),
+            (block.global_scale, exact.global_scale),
+            (block.global_offset, exact.global_offset),
+        )
         for parameter, truth in pairs:
             assert parameter.grad is not None
             assert truth.grad is not None

@@ -31,9 +31,17 @@ from fastbgad.system.files import write_json  # noqa: E402
 
 BASELINES = Path(__file__).parent / "baselines"
 SUITES = (
-    "bench_flow", "bench_spp_loss", "bench_score_map", "bench_log_likelihood", "bench_boundary", "bench_metrics",
-    "bench_backbone", "bench_inference", "bench_training", "bench_accelerate",
-)  # fmt: skip
+    "bench_flow",
+    "bench_spp_loss",
+    "bench_score_map",
+    "bench_log_likelihood",
+    "bench_boundary",
+    "bench_metrics",
+    "bench_backbone",
+    "bench_inference",
+    "bench_training",
+    "bench_accelerate",
+)
 ANY_CPU = "any-cpu"  # what holds on every CPU: floors, for machines without a baseline of their own
 UPDATE_REPEATS = 3
 # The largest share by which a ratio may fall before it counts: 30 % more time is 23 % less.
@@ -180,8 +188,11 @@ def update(
         spread = 2 * max(abs(speed - middle) for speed in speeds) / middle
         band = min(LARGEST_BAND, max(comparison.band, spread))
         found[comparison.name] = {
-            "speed": round(middle, 3), "band": round(band, 3), "ours": ratios[0].ours, "against": ratios[0].against
-        }  # fmt: skip
+            "speed": round(middle, 3),
+            "band": round(band, 3),
+            "ours": ratios[0].ours,
+            "against": ratios[0].against,
+        }
         print(f"{comparison.name}: {', '.join(f'{speed:.2f}x' for speed in speeds)}; band {band:.0%}", flush=True)
         if spread > LARGEST_BAND:
             print(f"  the repeats differ by more than the largest band ({LARGEST_BAND:.0%}): is the machine busy?")

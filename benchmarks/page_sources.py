@@ -114,9 +114,13 @@ def _case(case: Mapping[str, Any]) -> dict[str, Any]:
         made.update({"of_floor": entry["fraction_of_floor"]} if "fraction_of_floor" in entry else {})
     rounds = next((entry["rounds"] for entry in case.get("contenders", {}).values() if "rounds" in entry), None)
     return {
-        "name": case["name"], "baseline": case.get("baseline"), "sizes": {}, "rounds": rounds, "contenders": contenders,
+        "name": case["name"],
+        "baseline": case.get("baseline"),
+        "sizes": {},
+        "rounds": rounds,
+        "contenders": contenders,
         **({"refused": case["refused"]} if "refused" in case else {}),
-    }  # fmt: skip
+    }
 
 
 def _check(result: Mapping[str, Any]) -> None:

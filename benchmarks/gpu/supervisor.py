@@ -30,7 +30,7 @@ TICK = 0.2
 
 
 @dataclass
-class Job:
+class ChildJob:
     """Items that run one after the other, in one child process for as long as that lives.
 
     Attributes:
@@ -49,7 +49,7 @@ class Job:
 class _Child:
     """A running child and how far it has come."""
 
-    def __init__(self, job: Job, items: Sequence[str] | None, skip: list[tuple[str, str]], cwd: Path) -> None:
+    def __init__(self, job: ChildJob, items: Sequence[str] | None, skip: list[tuple[str, str]], cwd: Path) -> None:
         self.job, self.skip = job, skip
         self.items = None if items is None else list(items)  # those it has not ended
         self.item: str | None = None
@@ -106,9 +106,9 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._children: list[_Child] = []
 
-    def run(self, jobs: Sequence[Job], deadline: float) -> None:
+    def run(self, jobs: Sequence[ChildJob], deadline: float) -> None:
         """Run all jobs; items that have not ended by `deadline` (of `time.monotonic`) are recorded as left out."""
-        waiting: list[tuple[Job, Sequence[str] | None, list[tuple[str, str]]]] = [(job, None, []) for job in jobs]
+        waiting: list[tuple[ChildJob, Sequence[str] | None, list[tuple[str, str]]]] = [(job, None, []) for job in jobs]
         try:
             while waiting or self._children:
                 late = time.monotonic() > deadline
@@ -134,9 +134,7 @@ class Supervisor:
             self._forget(child)
         self._children = []
 
-    # ---------------------------------------------------------------- one child
-
-    def _start(self, job: Job, items: Sequence[str] | None, skip: list[tuple[str, str]]) -> None:
+    def _start(self, job: ChildJob, items: Sequence[str] | None, skip: list[tuple[str, str]]) -> None:
         child = _Child(job, items, skip, self.cwd)
         self._children.append(child)
         for fd in child.pipes:
@@ -186,7 +184,9 @@ class Supervisor:
                 child.items.remove(event["item"])
             self.record({"item": event["item"], **event["found"]})
 
-    def _look_after(self, child: _Child, late: bool) -> tuple[Job, Sequence[str] | None, list[tuple[str, str]]] | None:
+    def _look_after(
+        self, child: _Child, late: bool
+    ) -> tuple[ChildJob, Sequence[str] | None, list[tuple[str, str]]] | None:
         """What is left to do of a child's job, if the child has ended or had to be ended and something is left."""
         job = child.job
         limit = START_SECONDS if child.item is None else job.item_seconds
@@ -232,7 +232,7 @@ class Supervisor:
             return None
         return job, left, skip
 
-    def _leave_out(self, job: Job, items: Sequence[str] | None) -> None:
+    def _leave_out(self, job: ChildJob, items: Sequence[str] | None) -> None:
         for item in items if items is not None else [job.name]:
             self.record({"item": item, "outcome": "left out", "message": "the stage's time was used up"})
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from page_output import differences, write_files
 
 from fastbgad.backbones import Backbone
 from fastbgad.config import PRESETS
@@ -18,7 +19,7 @@ from .backbones import build, features_named
 from .bench import Bench
 from .gallery import write_gallery
 from .grid import LEFT_OUT, METHODS, Run, checked, plan, plan_convergence
-from .report import differences, page_files, readme_table, write_files
+from .report import PLOTS, page_files, readme_table
 from .results import collect, read_collection, write_collection
 from .sets import find_categories, open_set
 from .work import Outcome, do_missing, missing_runs
@@ -54,9 +55,14 @@ def _planned(options: argparse.Namespace, names: Sequence[str]) -> list[Run]:
     else:
         methods = checked("method", options.methods or list(METHODS), [*METHODS, *LEFT_OUT])
         runs = plan(
-            names, options.features, options.image_size, options.schedule,
-            [method for method in methods if method not in LEFT_OUT], seeds, options.peer_epochs,
-        )  # fmt: skip
+            names,
+            options.features,
+            options.image_size,
+            options.schedule,
+            [method for method in methods if method not in LEFT_OUT],
+            seeds,
+            options.peer_epochs,
+        )
     return [run for run in runs if options.only in str(run.path)]
 
 
@@ -114,11 +120,11 @@ def write_page(options: argparse.Namespace) -> int:
         )
     pages = page_files([(path.stem, read_collection(path)) for path in files])
     if options.check:
-        found = differences(pages, options.folder)
+        found = differences(pages, options.folder, PLOTS)
         for line in found:
             print(f"error: {line}; run `python benchmarks/real.py --page`", file=sys.stderr)
         return int(bool(found))
-    write_files(pages, options.folder)
+    write_files(pages, options.folder, PLOTS)
     print(f"wrote {options.folder / 'REAL.md'} and {len(pages) - 1} plots; for the README:\n")
     print(readme_table([result for path in files for result in read_collection(path)]))
     return 0

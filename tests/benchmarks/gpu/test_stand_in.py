@@ -31,11 +31,18 @@ ROWS = (
         "ops/spp_loss/test_registered.py",
     ),
     {
-        "log_likelihood_forward_kernel", "log_likelihood_backward_kernel", "boundary_small_kernel",
-        "boundary_histogram_kernel", "boundary_finish_kernel", "score_map_kernel", "spp_loss_small_kernel",
-        "spp_loss_partial_kernel", "spp_loss_finish_kernel", "spp_loss_backward_kernel",
+        "log_likelihood_forward_kernel",
+        "log_likelihood_backward_kernel",
+        "boundary_small_kernel",
+        "boundary_histogram_kernel",
+        "boundary_finish_kernel",
+        "score_map_kernel",
+        "spp_loss_small_kernel",
+        "spp_loss_partial_kernel",
+        "spp_loss_finish_kernel",
+        "spp_loss_backward_kernel",
     },
-)  # fmt: skip
+)
 FLOW = (
     (
         "kernels/flow/test_pack.py",
@@ -44,10 +51,13 @@ FLOW = (
         "ops/flow/test_registered_values.py",
     ),
     {
-        "flow_pack_kernel", "flow_forward_kernel", "flow_backward_kernel", "flow_weight_gradient_kernel",
+        "flow_pack_kernel",
+        "flow_forward_kernel",
+        "flow_backward_kernel",
+        "flow_weight_gradient_kernel",
         "flow_unpack_kernel",
     },
-)  # fmt: skip
+)
 WIDE = (
     (
         "ops/flow/test_wide.py",
@@ -56,10 +66,13 @@ WIDE = (
         "ops/flow/test_wide_operator.py",
     ),
     {
-        "coupling_forward_kernel", "coupling_backward_kernel", "coupling_operand_kernel", "coupling_rows_kernel",
+        "coupling_forward_kernel",
+        "coupling_backward_kernel",
+        "coupling_operand_kernel",
+        "coupling_rows_kernel",
         "coupling_clear_kernel",
     },
-)  # fmt: skip
+)
 GROUPS = {"rows and maps": ROWS, "flow": FLOW, "wide flow": WIDE}
 # These look at operators and graphs, which dynamo cannot trace under -O; their kernels are those of the other tests.
 OF_OPERATORS = "opcheck or regist or compile or export or waits_for_nothing or frozen_flow"
@@ -77,10 +90,23 @@ def test_every_launch_compiles(group: str, tmp_path: Path) -> None:
     environment[pytest_stand_in.LOG] = str(log)
     # With -O there are no assertions: outputs hold whatever was in memory.
     command = [
-        sys.executable, "-O", "-m", "pytest", "-q", "-o", "addopts=", "--assert=plain", "-p", pytest_stand_in.__name__,
-        "-p", "no:cacheprovider", "-k", f"not ({OF_OPERATORS})", "--tb=short",
+        sys.executable,
+        "-O",
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "--assert=plain",
+        "-p",
+        pytest_stand_in.__name__,
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"not ({OF_OPERATORS})",
+        "--tb=short",
         *(str(ROOT / "tests" / name) for name in files),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,
