@@ -86,14 +86,14 @@ class Level:
         return self.ours(self.x, self.positions, impl=impl).log_likelihood
 
     def exact(self, rows: int) -> tuple[Tensor, list[CouplingWeights]]:
-        """The oracle's log-likelihood of the first rows, in float64, and the weights it used."""
+        """Return the reference's log-likelihood of the first rows, in float64, and the weights that it used."""
         layers = double(self.ours.weights())
         condition = self.positions.dense(len(self.x), torch.float64, self.x.device)[:rows]
         z, log_det = reference.flow_forward(self.x[:rows].double(), layers, self.spec, condition)
         return reference.log_likelihood(z, log_det), layers
 
     def prepare(self, name: str) -> Callable[[], Tensor]:
-        """What computes the log-likelihoods of all rows; raises `SkippedError` where it cannot."""
+        """Return a call that computes the log-likelihoods of all rows; raise `SkippedError` if it cannot run."""
         if name == KERNELS:
             kernels_or_skip()
         if name == NATIVE:
@@ -162,7 +162,7 @@ def training_step(name: str, make: Callable[[], Level], contenders: Sequence[str
 
 
 def gradient_error(case: Level, flow: Any, call: Callable[[], Tensor]) -> float:
-    """Largest error of a gradient against the oracle's, each parameter as a whole."""
+    """Return the largest error of a gradient against the reference's, each parameter as a whole."""
     lp, layers = case.exact(len(case.x))
     (-logsigmoid(lp)).mean().backward()
     flow.zero_grad()

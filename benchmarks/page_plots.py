@@ -187,7 +187,7 @@ def picture(family: Family, drawn: Sequence[Line], unit: str) -> str:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Heights between 0 and 1 near the wanted ones, in the same order, at least `gap` apart as far as there is room."""
+    """Return heights in [0, 1] near the wanted ones, in the same order, at least `gap` apart if there is room."""
     gap = min(gap, 1 / max(1, len(wanted) - 1))
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     placed = [min(max(wanted[index], 0.0), 1.0) for index in order]
@@ -233,7 +233,7 @@ def _labels(values: Sequence[int], wide: float, limits: tuple[float, float]) -> 
 
 
 def _share(value: float, limits: tuple[float, float]) -> float:
-    """Where on a logarithmic axis a value lies, from 0 to 1."""
+    """Return the position of a value on a logarithmic axis, from 0 to 1."""
     return math.log(value / limits[0]) / math.log(limits[1] / limits[0])
 
 

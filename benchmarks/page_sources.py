@@ -1,4 +1,4 @@
-"""Reads result files for the performance page, whichever command wrote them."""
+"""Result files for the performance page, whichever command wrote them."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _case(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(result: Mapping[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError for what cannot be shown."""
+    """Raise KeyError, TypeError or ValueError for a result that cannot be shown."""
     if not isinstance(result["name"], str):
         raise TypeError(f"the name {result['name']!r} is no text")
     where = result["name"]

@@ -132,7 +132,7 @@ def _run(
 
 
 def _facts(options: argparse.Namespace, chosen: Sequence[Stage]) -> Record:
-    """What a reader of the records must know of the run."""
+    """Return facts of the run for readers of its records."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "driver": options.driver,

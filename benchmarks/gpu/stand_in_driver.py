@@ -34,7 +34,7 @@ class GridError(RuntimeError):
 
 
 class Compilation(NamedTuple):
-    """What Triton's compiler was asked for, and whether its cache had it."""
+    """A compilation that Triton requested, and whether its cache had the result."""
 
     kernel: str
     digest: str  # the name of its entry in the cache, in hexadecimal
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 
 
 class StandInDriver:
-    """What Triton asks of its driver, answered for one H100; see `install`."""
+    """A driver for Triton that answers as for one H100; see `install`."""
 
     def __init__(self, on_launch: Callable[[Launch], object] | None = None) -> None:
         driver = self

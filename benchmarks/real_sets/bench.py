@@ -36,7 +36,7 @@ _CPU = torch.device("cpu")
 
 
 class Scores(NamedTuple):
-    """What a contender says of n test images."""
+    """A contender's maps and scores of n test images."""
 
     maps: Tensor  # [n, H, W] float32
     image_scores: Tensor  # [n] float32

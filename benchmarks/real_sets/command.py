@@ -1,4 +1,4 @@
-"""The two halves of `benchmarks/real.py`: doing the runs, and writing the page."""
+"""The two commands of `benchmarks/real.py`: do the runs, and write the page."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _planned(options: argparse.Namespace, names: Sequence[str]) -> list[Run]:
 
 
 class _BenchMaker:
-    """Opens categories and builds backbones, each backbone once.
+    """Preparation of runs: opens categories and builds backbones, each backbone once.
 
     Gabor features learn statistics of the category, so every category has a backbone of its own there; so has a
     standardized one.
@@ -77,7 +77,7 @@ class _BenchMaker:
         self._options, self._folders = options, folders
 
     def __call__(self, run: Run) -> tuple[Bench, dict[str, str]]:
-        """Return what measures the run, and what is to be recorded of its features; raises `FastBGADError`."""
+        """Return the bench for a run, and facts about its features; raise `FastBGADError` if there is none."""
         category = open_set(run.category, self._folders[run.category])
         backbone, about = self._backbone(run.features)
         presets = {name: PRESETS[name]() for name in self._options.schedule}
