@@ -28,7 +28,7 @@ from fastbgad.config import TrainConfig, demo_preset  # noqa: E402
 from fastbgad.data import Split, make_demo_dataset, open_category, split_known_anomalies, stream_batches  # noqa: E402
 from fastbgad.evaluate.metrics import aupro  # noqa: E402
 from fastbgad.model import BGAD  # noqa: E402
-from fastbgad.ops import Impl, Precision  # noqa: E402
+from fastbgad.ops import Impl, MatmulPrecision  # noqa: E402
 from fastbgad.system.files import write_json  # noqa: E402
 
 FILE = Path(__file__).parent / "accuracy.json"
@@ -36,7 +36,7 @@ CATEGORIES, SEEDS, SIZE = ("brick", "grass"), (0, 1, 2), (288, 288)
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 PLAIN = "plain loop, FrEIA float32"
 if DEVICE.type == "cuda":
-    ENGINES: dict[str, tuple[Impl, Precision]] = {
+    ENGINES: dict[str, tuple[Impl, MatmulPrecision]] = {
         "fit, float16 kernels": ("auto", "float16"),
         "fit, float32 kernels": ("auto", "float32"),
     }
@@ -61,8 +61,8 @@ def run(name: str, category: str, seed: int, data: Path) -> EngineResult:
     config = replace(config, anomalies=anomalies, schedule=schedule)
     encoder = create_backbone("gabor").to(DEVICE)
     encoder.fit(batch.images.to(DEVICE) for batch in stream_batches(split.normals, SIZE, 8, 2))
-    impl, precision = ENGINES.get(name, ("auto", "float32"))
-    model = BGAD(encoder, SIZE, flow=config.flow, seed=seed, impl=impl, precision=precision).to(DEVICE)
+    impl, matmul_precision = ENGINES.get(name, ("auto", "float32"))
+    model = BGAD(encoder, SIZE, flow=config.flow, seed=seed, impl=impl, matmul_precision=matmul_precision).to(DEVICE)
     if name != PLAIN:
         return fast_engine(model, split, config)
     torch.manual_seed(seed)  # of the loop's own order of rows

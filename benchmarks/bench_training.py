@@ -25,7 +25,7 @@ from fastbgad.backbones import create_backbone
 from fastbgad.config import AnomalyConfig, FlowConfig, Method, ScheduleConfig, TrainConfig
 from fastbgad.data import Split, make_demo_dataset, open_category, split_known_anomalies, stream_batches
 from fastbgad.model import BGAD
-from fastbgad.ops import Precision
+from fastbgad.ops import MatmulPrecision
 
 OFFICIAL = "official engine's arithmetic"
 FIT, FIT_BFLOAT16 = "fastbgad fit", "fastbgad fit, bfloat16 products"
@@ -53,14 +53,14 @@ class Run:
             batches = stream_batches(self.split.normals, self.size, 8, 2)
             self.encoder.fit(batch.images.to(DEVICE) for batch in batches)
 
-    def model(self, precision: Precision) -> BGAD:
-        return BGAD(self.encoder, self.size, flow=self.config.flow, precision=precision).to(DEVICE)
+    def model(self, matmul_precision: MatmulPrecision) -> BGAD:
+        return BGAD(self.encoder, self.size, flow=self.config.flow, matmul_precision=matmul_precision).to(DEVICE)
 
     def official(self) -> EngineResult:
         return OfficialEngine(self.encoder, self.model("float32"), self.split, self.config).run()
 
-    def fast(self, precision: Precision) -> EngineResult:
-        return fast_engine(self.model(precision), self.split, self.config)
+    def fast(self, matmul_precision: MatmulPrecision) -> EngineResult:
+        return fast_engine(self.model(matmul_precision), self.split, self.config)
 
 
 def training_run(method: Method, backbone: str, pixels: int, sub_epochs: int) -> Comparison:

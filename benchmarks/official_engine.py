@@ -23,7 +23,7 @@ from fastbgad.backbones import Backbone
 from fastbgad.config import TrainConfig
 from fastbgad.data import AnomalySynthesis, AugmentedAnomalies, DecodedImages, Split, load_sample
 from fastbgad.evaluate.metrics import evaluate
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import ImageFeatures, ImageReading, StoreOptions
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.model import BGAD
 from fastbgad.model.calibration import stored_log_likelihoods
@@ -73,9 +73,8 @@ def fast_engine(model: BGAD, split: Split, config: TrainConfig) -> EngineResult:
         images,
         split.normals,
         spare_slots(config, known),
-        device=model.device,
-        batch_size=batch,
-        cell_labels=config.anomalies.cell_labels,
+        store=StoreOptions(device=model.device, cell_labels=config.anomalies.cell_labels),
+        reading=ImageReading(batch_size=batch),
     )
     labels = np.array([sample.label for sample in split.test], dtype=bool)
 

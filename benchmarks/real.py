@@ -90,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from real_sets.command import run_command, write_page
 
-    from fastbgad.errors import FastBGADError
-    from fastbgad.train.fit import InterruptedTraining
+    from fastbgad.errors import FastBGADError, InterruptedTraining
 
     try:
         return write_page(options) if options.page else run_command(options)

@@ -26,9 +26,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .failure import reason
 from .tile_sizes import TilesError, use_tiles, write_json
 from .triton_version import triton_version, why_not_this_triton
-from .variant import MODULES, Variant, reason
+from .variants import MODULES, Variant
 
 ARCHITECTURES = (80, 90, 100)
 BUDGET = Path(__file__).parent / "budget.json"
@@ -235,7 +236,7 @@ def collect(only: str = "") -> tuple[list[tuple[str, int, Variant]], list[str]]:
     found, broken = [], []
     for name in MODULES:
         try:
-            variants = importlib.import_module(f"{__package__}.{name}").variants()
+            variants = importlib.import_module(f"{__package__}.variants.{name}").variants()
         except (ImportError, AttributeError, TilesError) as error:
             if only in name:
                 broken.append(f"{name}: this kernel module cannot list its variants ({error})")
@@ -261,7 +262,7 @@ def _compile_one(task: tuple[str, int, str, int]) -> Row:
     module, place, name, arch = task
     start = time.perf_counter()
     try:
-        resources = compile_variant(importlib.import_module(f"{__package__}.{module}").variants()[place], arch)
+        resources = compile_variant(importlib.import_module(f"{__package__}.variants.{module}").variants()[place], arch)
     except ResourcesError:
         raise
     except Exception as error:  # whatever stops the compiler is a finding of this one variant

@@ -1,10 +1,10 @@
 """Which tile sizes a kernel is launched with.
 
-    tiles("score_map", "map", device)  ->  {"BH": 8, "BW": 128, "num_warps": 4, "num_stages": 1}
+    tiles("score_map", "map", device)  ->  {"TH": 8, "TW": 64, "num_warps": 4}
 
 `configs/default.json` holds tiles that compile everywhere, for every kernel and key:
 
-    {"score_map": {"map": {"BH": 8, ...}}, ...}
+    {"score_map": {"map": {"TH": 8, ...}}, ...}
 
 `configs/<gpu>.json`, written by `python -m fastbgad.kernels.tune`, holds those measured on one GPU: under "tiles" the
 same form as the default, under "microseconds" what was measured, under "measured_on" where and when. What such a file

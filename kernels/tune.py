@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .failure import reason
 from .tile_sizes import CONFIGS, DEFAULT, TilesError, default_tiles, forget, read_json, read_tuned, slug, write_json
 from .triton_version import triton_version, why_not_this_triton
-from .variant import MODULES, TuningCase, reason
+from .variants import MODULES, TuningCase
 
 Tiles = Mapping[str, int]
 # Given a function that works on the device, one that measures it: each call returns microseconds of one run.
@@ -277,7 +278,7 @@ def _prepared(kernels: Sequence[str], kernel: str, key: str) -> Callable[[Tiles]
 
 def collect(kernels: Sequence[str]) -> list[TuningCase]:
     """Return the tuning cases of these kernel modules, the most valuable ones first."""
-    modules = (importlib.import_module(f"{__package__}.{name}") for name in kernels)
+    modules = (importlib.import_module(f"{__package__}.variants.{name}") for name in kernels)
     cases = [case for module in modules if hasattr(module, "tuning_cases") for case in module.tuning_cases()]
     value = {entry: place for place, entry in enumerate(MOST_VALUABLE)}
     return sorted(cases, key=lambda case: value.get((case.kernel, case.key), len(value)))  # others stay in their order

@@ -1,4 +1,4 @@
-"""Flows with rows of every kind, and what the oracle says of them; the tests of the flow's kernels share these."""
+"""Flows with rows of every kind, and the results of the reference; the tests of the flow's kernels share these."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastbgad import reference
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
-from fastbgad.ops import FlowOutput, Geometry, PositionalRows, Precision, flow_forward, pack_flow
+from fastbgad.ops import FlowOutput, Geometry, MatmulPrecision, PositionalRows, flow_forward, pack_flow
 from fastbgad.ops.flow.registered import flow_train
 from tests.flows import active_units, double, lively_flow, reference_with_masks
 
@@ -20,7 +20,7 @@ CONDITIONS = ["none", "raster", "gathered", "positions", "dense"]
 
 
 class Problem:
-    """A flow, N rows with a condition of the given kind, and the oracle's view of them: rows and a dense condition."""
+    """A flow, N rows with a condition of the given kind, and as the reference sees them: rows and a dense condition."""
 
     def __init__(
         self,
@@ -60,16 +60,18 @@ class Problem:
             self.dense = self.condition.dense(rows, torch.float64, device)
 
     @torch.no_grad()
-    def run(self, precision: Precision = "float16", **options: object) -> FlowOutput:
-        """Inference; maps are cut into tiles of neighbouring pixels then."""
+    def run(self, precision: MatmulPrecision = "float16", **options: object) -> FlowOutput:
+        """Inference; maps are cut into tiles of neighboring pixels then."""
         options = {"impl": "triton", "rows": self.rows, **options}
-        return flow_forward(self.x, self.flow.weights(), self.spec, self.condition, precision=precision, **options)
+        return flow_forward(
+            self.x, self.flow.weights(), self.spec, self.condition, matmul_precision=precision, **options
+        )
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
         z, log_det = reference.flow_forward(self.exact_x, double(self.flow.weights()), self.spec, self.dense)
         return reference.log_likelihood(z, log_det), log_det, z
 
-    def exact_gradients(self, precision: Precision, *upstream: Tensor) -> dict[str, Tensor]:
+    def exact_gradients(self, precision: MatmulPrecision, *upstream: Tensor) -> dict[str, Tensor]:
         """Of the stacked weights and of x, with the hidden units active that are active in this precision.
 
         A hidden unit within rounding of zero has one of two gradients; which one is not an error.
@@ -86,7 +88,7 @@ class Problem:
         stacked = {name: torch.stack(grads[1 + i * len(layers) :][: len(layers)]) for i, name in enumerate(names)}
         return {"x": grads[0], **stacked}
 
-    def subnet_inputs(self, precision: Precision) -> Tensor:
+    def subnet_inputs(self, precision: MatmulPrecision) -> Tensor:
         """What every layer's subnet saw of the features, [L, N, C1], from what the kernels keep for the backward."""
         pack = pack_flow(self.flow.weights(), self.spec, Geometry.of(self.condition, precision))
         index = self.condition.index if isinstance(self.condition, PositionalRows) else None
@@ -99,11 +101,11 @@ class Problem:
         )[4]  # fmt: skip
         return kept[:, 0, :, : self.spec.passive_channels]
 
-    def gradients(self, precision: Precision, *upstream: Tensor, **options: object) -> dict[str, Tensor]:
+    def gradients(self, precision: MatmulPrecision, *upstream: Tensor, **options: object) -> dict[str, Tensor]:
         x = self.x.clone().requires_grad_() if self.rows is None else self.x
         layers = [CouplingWeights(*(t.detach().clone().requires_grad_() for t in w)) for w in self.flow.weights()]
         options = {"impl": "triton", "rows": self.rows, "return_z": len(upstream) == 3, **options}
-        out = flow_forward(x, layers, self.spec, self.condition, precision=precision, **options)
+        out = flow_forward(x, layers, self.spec, self.condition, matmul_precision=precision, **options)
         names = [name for name in CouplingWeights._fields if name != "w_perm"]
         leaves = [getattr(layer, name) for name in names for layer in layers]
         inputs = leaves if self.rows is not None else [x, *leaves]

@@ -1,4 +1,4 @@
-"""Wide flows to test, and the oracle's view of them."""
+"""Wide flows to test, and the reference's view of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastbgad import reference
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.kernels.tile_sizes import use_tiles
-from fastbgad.ops import PositionalRows, Precision
+from fastbgad.ops import MatmulPrecision, PositionalRows
 from fastbgad.ops.flow import wide as flow_wide
 from tests.flows import double, lively_flow, reference_with_masks
 
@@ -31,7 +31,7 @@ def interpreter_tiles(device: torch.device, folder: Path, columns: int = 32) -> 
     Tests of the loops over channels take fewer columns.
     """
     if device.type == "cpu":
-        sizes = {"BR": 16, "BC": columns, "num_warps": 4}
+        sizes = {"BM": 16, "BK": columns, "num_warps": 4}
         path = folder / f"tiles{columns}.json"
         tiles = {"coupling_forward": {"rows": sizes, "operand": sizes}, "coupling_backward": {"rows": sizes}}
         path.write_text(json.dumps({"tiles": tiles}))
@@ -64,7 +64,9 @@ class Case:
             return self.condition.dense(len(self.x), torch.float64, self.x.device)
         return None if self.condition is None else self.condition.detach().double()
 
-    def run(self, precision: Precision, return_z: bool = True, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def run(
+        self, precision: MatmulPrecision, return_z: bool = True, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The flow under test."""
         return flow_wide.forward(self.x, self.weights, self.spec, self.condition, return_z, precision, **options)
 
@@ -78,7 +80,7 @@ class Case:
         inputs = self.inputs()
         return dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), upstream), strict=True))
 
-    def operator_arguments(self, precision: Precision, keep: bool, return_z: bool = True) -> tuple[Any, ...]:
+    def operator_arguments(self, precision: MatmulPrecision, keep: bool, return_z: bool = True) -> tuple[Any, ...]:
         """The same call, as the registered operator takes it."""
         positions = self.condition if isinstance(self.condition, PositionalRows) else None
         dense = self.condition if isinstance(self.condition, Tensor) else None
@@ -89,8 +91,8 @@ class Case:
         form = (self.spec.clamp, self.spec.clamp_form, self.spec.global_affine, self.spec.hard_permutation)
         return self.x, dense, index, weights, height, width, *form, precision, 20, return_z, keep
 
-    def exact(self, precision: Precision) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """The oracle in float64: its lp, log_det and z, and its inputs by name.
+    def exact(self, precision: MatmulPrecision) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """The reference in float64: its lp, log_det and z, and its inputs by name.
 
         With the hidden units active that are active in the flow under test. A unit within rounding of zero may be on in
         one and off in the other, and then its gradient is there or not. About one unit in 10^4 does that in float16,

@@ -100,7 +100,7 @@ def flow_case(name: str, sizes: Sequence[tuple[int, int]], depth: int, device: t
     def single() -> Contender:
         flows = [copy.deepcopy(level) for level in levels]
         for level in flows:
-            level.flow.precision = "float32"
+            level.flow.matmul_precision = "float32"
         return of(*(partial(level.fast, "triton") for level in flows))
 
     def kernels() -> Contender:

@@ -203,7 +203,7 @@ def _inference(make: Callable[[str], _Flow], kind: str, precision: Any, return_z
             rows=case.rows,
             return_z=return_z,
             impl="triton",
-            precision=precision,
+            matmul_precision=precision,
         )
     layers = [CouplingWeights(*(t.detach() for t in layer)) for layer in double(case.flow.weights())]
     results: list[tuple[str, Tensor, Callable[[], Tensor], float]] = [
@@ -226,7 +226,7 @@ def _gradients(make: Callable[[str], _Flow], kind: str, precision: Any, recomput
         case.condition,
         rows=case.rows,
         impl="triton",
-        precision=precision,
+        matmul_precision=precision,
         recompute=recompute,
     )
     upstream = torch.rand_like(out.log_likelihood)

@@ -118,9 +118,9 @@ def install(
     """
     # Triton reads this when a kernel is defined: these are for the compiler.
     os.environ.pop("TRITON_INTERPRET", None)
-    from fastbgad.kernels.variant import MODULES
+    from fastbgad.kernels.variants import MODULES
 
-    modules = [importlib.import_module(f"fastbgad.kernels.{name}") for name in MODULES]
+    modules = [importlib.import_module(f"fastbgad.kernels.variants.{name}") for name in MODULES]
     from triton.runtime import driver
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -20,7 +20,7 @@ from fastbgad.evaluate.metrics import evaluate
 from fastbgad.experiments.peers.peers import run_peer
 from fastbgad.experiments.plan.cells import Cell
 from fastbgad.experiments.plan.setup import Setup
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import ImageFeatures, ImageReading, StoreOptions
 from fastbgad.model import BGAD
 from fastbgad.model.calibration import calibration_of, stored_log_likelihoods
 from fastbgad.ops import score_map
@@ -186,10 +186,8 @@ class Bench:
             self.size,
             images,
             self.category.train,
-            cell_labels=cell_labels or "any",
-            batch_size=_IMAGES_AT_ONCE,
-            workers=self.workers,
-            decoded=self._decoded,
+            store=StoreOptions(cell_labels=cell_labels or "any"),
+            reading=ImageReading(_IMAGES_AT_ONCE, self.workers, self._decoded),
         )
         fitted = time.perf_counter()
         self._features.extract(images)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from harness import stamped
 
-from fastbgad.errors import FastBGADError
+from fastbgad.errors import FastBGADError, InterruptedTraining
 from fastbgad.experiments.running.claims import Claims
 from fastbgad.system.environment import machine
-from fastbgad.train.fit import InterruptedTraining
 
 from .bench import Bench, decisions, labels_of, split_counts
 from .gallery import keep_pictures

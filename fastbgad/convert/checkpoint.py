@@ -6,7 +6,6 @@ no code in a file is executed. The shapes of the flows are inferred from their t
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..ops.permutations import is_permutation_matrix, permutation_matrix
 from ..system.files import atomic_path
+from ..system.torch_file import read_torch_file
 from ..wording import listed
 
 Kind = Literal["bgad", "cflow-ad", "anomalib"]
@@ -142,38 +142,10 @@ def foreign_state(flow: Mapping[str, Tensor], permutation: Permutation) -> dict[
     return state
 
 
-class _Inert:
-    """Replacement for every class in a checkpoint that PyTorch does not allow; takes any arguments, does nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; {_READABLE}")
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if not unknown:
-                raise
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Damage and refusals come as many kinds of errors. What the unpickler itself says is advice to load unsafely.
-        detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of PyTorch{detail}: it is damaged, of another format, or holds "
-            f"Python objects that are not loaded for safety; copy it again from its source. {_READABLE}"
-        ) from error
+    return read_torch_file(path, f"copy it again from its source. {_READABLE}", inert_objects=True)
 
 
 def _from_state_dicts(path: Path, content: Mapping[str, Any]) -> ForeignCheckpoint:
@@ -384,10 +356,6 @@ def _permutation(where: str, w_perm: Tensor, w_perm_inv: Tensor) -> Permutation:
 
 def _refuse(where: str, reason: str) -> NoReturn:
     raise CheckpointError(f"{where} {reason}: it cannot be converted; train again with `fastbgad train`")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_sequence(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:

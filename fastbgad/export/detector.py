@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 from ..backbones import create_backbone
 from ..errors import BackendError, ConfigError, FastBGADError, check_choice
 from ..model.detector import BGAD
-from ..predict.local import DECISIONS
+from ..model.scoring import DECISIONS
 from ..system.environment import choose_device, versions
 from ..system.files import atomic_path
 from .check import Difference, check_file, check_images, compare, outputs_of

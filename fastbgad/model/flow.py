@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..flow_spec import CouplingWeights, FlowSpec
-from ..ops import FlowOutput, Impl, PositionalRows, Precision, flow_forward, flow_inverse
+from ..ops import FlowOutput, Impl, MatmulPrecision, PositionalRows, flow_forward, flow_inverse
+from ..ops.dispatch import renamed_precision
 from ..ops.flow.kept_weights import KeptWeights
 
 
@@ -41,7 +42,7 @@ class CouplingLayer(nn.Module):
         )
 
     def weights(self) -> CouplingWeights:
-        """The layer's tensors as the operations want them."""
+        """Return the layer's tensors as the operations want them."""
         first, second = cast(nn.Linear, self.subnet[0]), cast(nn.Linear, self.subnet[2])
         scale, offset = self.global_scale.squeeze(0), self.global_offset.squeeze(0)
         return CouplingWeights(first.weight, first.bias, second.weight, second.bias, scale, offset, self.w_perm)
@@ -55,22 +56,38 @@ class ConditionalFlow(nn.Module):
         seed: seed of the initial weights; the global random state is left alone. None for a flow that is about to be
             loaded: zeros and no permutation at once, where drawing rotations takes seconds at 2048 channels.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
-        precision: operands of the kernels' matrix products, see `fastbgad.ops.flow_forward`.
+        matmul_precision: operands of matrix products, see `fastbgad.ops.flow_forward`.
+        precision: deprecated name of matmul_precision.
     """
 
     def __init__(
-        self, spec: FlowSpec, *, seed: int | None = 0, impl: Impl = "auto", precision: Precision = "float16"
+        self,
+        spec: FlowSpec,
+        *,
+        seed: int | None = 0,
+        impl: Impl = "auto",
+        matmul_precision: MatmulPrecision = "auto",
+        precision: MatmulPrecision | None = None,
     ) -> None:
         super().__init__()
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.spec = spec
         self.impl: Impl = impl
-        self.precision: Precision = precision
+        self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
         self._kept: KeptWeights | None = None
         self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
 
+    @property
+    def precision(self) -> MatmulPrecision:
+        """Deprecated name of matmul_precision."""
+        return renamed_precision("auto", self.matmul_precision)
+
+    @precision.setter
+    def precision(self, value: MatmulPrecision) -> None:
+        self.matmul_precision = renamed_precision("auto", value)
+
     def weights(self) -> list[CouplingWeights]:
-        """The tensors of every coupling layer."""
+        """Return the tensors of every coupling layer."""
         return [cast(CouplingLayer, layer).weights() for layer in self.module_list]
 
     def forward(
@@ -82,10 +99,10 @@ class ConditionalFlow(nn.Module):
         return_z: bool = False,
         impl: Impl | None = None,
     ) -> FlowOutput:
-        """Log-likelihood per dimension, log-determinant and, if asked, the latent of N rows; see `ops.flow_forward`."""
+        """Return the log-likelihood per dimension, the log-determinant and, with `return_z`, the latent of N rows."""
         kind, layers, pack = impl or self.impl, self.weights(), None
         if self._kept is not None:
-            pack = self._kept.get(self.spec, layers, x, condition, kind, self.precision)
+            pack = self._kept.get(self.spec, layers, x, condition, kind, self.matmul_precision)
         return flow_forward(
             x,
             layers,
@@ -94,17 +111,17 @@ class ConditionalFlow(nn.Module):
             rows=rows,
             return_z=return_z,
             impl=kind,
-            precision=self.precision,
+            matmul_precision=self.matmul_precision,
             pack=pack,
         )
 
     def freeze(self) -> ConditionalFlow:
-        """For inference: the form of the weights that is computed with is made once and kept, not made at every call.
+        """Prepare the weights for inference once, instead of at every call. Return self.
 
-        Weights that change afterwards are noticed where PyTorch counts changes (optimisers, `load_state_dict`, in-place
-        operations), and packed again; what writes behind its back (`parameter.data`, a CUDA graph) needs another
-        `freeze`. A CUDA graph that a user captures of this flow goes on computing with the weights that were kept when
-        it was captured. Gradients and the reference are not affected. Returns self.
+        Weights that change later are prepared again where PyTorch counts the change (optimizers, `load_state_dict`,
+        in-place operations); after changes that it does not see (`parameter.data`, a CUDA graph) call `freeze` again. A
+        CUDA graph that a user captures of this flow uses the weights that were prepared when it was captured. Gradients
+        and the reference are not affected.
         """
         if self._kept is None:
             self._kept = KeptWeights()
@@ -112,17 +129,17 @@ class ConditionalFlow(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionalFlow:
-        """Another device or type: what was packed belongs to the tensors that are replaced here."""
+        """Drop the prepared weights, since they belong to the tensors that are replaced here."""
         if self._kept is not None:
             self._kept.clear()
         return super()._apply(fn, recurse)
 
     def inverse(self, z: Tensor, condition: PositionalRows | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
+        """Return x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
         return flow_inverse(z, self.weights(), self.spec, condition)
 
     def log_likelihood_map(self, features: Tensor, *, impl: Impl | None = None) -> Tensor:
-        """lp of every patch of a level: [B, C, h, w] features to [B, h, w]."""
+        """Return lp [B, h, w] of every patch of a level, from features [B, C, h, w]."""
         batch, channels, height, width = features.shape
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels)
         condition = (
@@ -137,7 +154,7 @@ class ConditionalFlow(nn.Module):
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer with torch's usual initial distribution, U(-1/sqrt(inputs), 1/sqrt(inputs)), or with zeros."""
+    """Return a linear layer drawn from U(-1/sqrt(inputs), 1/sqrt(inputs)), torch's usual distribution, or of zeros."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     bound = 1 / math.sqrt(inputs)
     with torch.no_grad():
@@ -150,7 +167,7 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
 
 
 def _random_rotation(channels: int, generator: torch.Generator) -> Tensor:
-    """A rotation drawn uniformly from SO(C), float64 [C, C]: QR of a Gaussian matrix (Mezzadri, 2007)."""
+    """Return a rotation drawn uniformly from SO(C), float64 [C, C]: QR of a Gaussian matrix (Mezzadri, 2007)."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=generator))
     q = q * torch.sign(torch.diagonal(r))
     if torch.linalg.det(q) < 0:
@@ -159,5 +176,5 @@ def _random_rotation(channels: int, generator: torch.Generator) -> Tensor:
 
 
 def _random_permutation(channels: int, generator: torch.Generator) -> Tensor:
-    """A random permutation matrix, float64 [C, C]."""
+    """Return a random permutation matrix, float64 [C, C]."""
     return torch.eye(channels, dtype=torch.float64)[torch.randperm(channels, generator=generator)]

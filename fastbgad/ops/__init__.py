@@ -7,14 +7,15 @@ is the oracle. An explicit choice never falls back silently.
 
 from .boundary.dispatcher import Boundary, boundary
 from .debug import debug_checks
-from .dispatch import Impl, Precision, resolve_impl
+from .dispatch import Impl, MatmulPrecision, Precision, resolve_impl
 from .flow.dispatcher import FlowOutput, flow_forward, flow_inverse
 from .flow.registered import FlowPack, Geometry, pack_flow
 from .log_likelihood.dispatcher import log_likelihood
 from .native.build import why_not_native
 from .positional import PositionalRows
 from .score_map.dispatcher import ScoreMap, score_map
-from .spp_loss.dispatcher import MlForm, Reduction, contrastive_loss, spp_loss
+from .spp_loss.dispatcher import contrastive_loss, spp_loss
+from .spp_loss.options import MlForm, Reduction
 
 __all__ = [
     "Boundary",
@@ -22,6 +23,7 @@ __all__ = [
     "FlowPack",
     "Geometry",
     "Impl",
+    "MatmulPrecision",
     "MlForm",
     "PositionalRows",
     "Precision",

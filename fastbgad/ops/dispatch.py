@@ -9,18 +9,21 @@ where there is a compiler, and the portable path everywhere else.
 from __future__ import annotations
 
 import os
-from typing import Literal, get_args
+import warnings
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, ConfigError, FeatureError
+from ..errors import BackendError, FeatureError, check_choice
 from ..kernels.triton_version import triton_version, why_not_this_triton
 
 Impl = Literal["auto", "torch", "native", "triton", "reference"]
-# The type of the operands of matrix products; sums and everything else are float32. The kernels take float16 or
-# float32; the portable path float32 for both, and bfloat16 in the subnets' products of a training step.
-Precision = Literal["float16", "float32", "bfloat16"]
+# The type of the operands of matrix products; sums and everything else are float32. "auto" is float16 in the kernels
+# and float32 elsewhere. The kernels take float16 or float32; on a CPU float16 means float32 too, and bfloat16 is for
+# the subnets' products of a training step.
+MatmulPrecision = Literal["auto", "float16", "float32", "bfloat16"]
+Precision = MatmulPrecision  # its former name
 
 # Why no kernel can run here, None if Triton is there in a version they can use. Found out once, when this module is
 # imported: to torch.compile it is a constant.
@@ -50,15 +53,27 @@ def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "refere
 
 
 def check_impl(impl: str) -> None:
-    """Raises `ConfigError` for an unknown implementation."""
-    if impl not in get_args(Impl):
-        raise ConfigError(f"impl is {impl!r}; choose one of {', '.join(get_args(Impl))}")
+    """Raise `ConfigError` for an unknown implementation."""
+    check_choice("impl", impl, Impl)
 
 
-def check_precision(precision: str) -> None:
-    """Raises `ConfigError` for an unknown type of operands."""
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(get_args(Precision))}")
+def check_matmul_precision(matmul_precision: str) -> None:
+    """Raise `ConfigError` for an unknown type of operands."""
+    check_choice("matmul_precision", matmul_precision, MatmulPrecision)
+
+
+def resolve_matmul_precision(matmul_precision: MatmulPrecision) -> Literal["float16", "float32", "bfloat16"]:
+    """Return the type of the kernels' operands; files store it in place of "auto"."""
+    return "float16" if matmul_precision == "auto" else matmul_precision
+
+
+def renamed_precision(matmul_precision: MatmulPrecision, precision: MatmulPrecision | None) -> MatmulPrecision:
+    """Return the matmul precision that a caller chose, and warn where it was given by its former name, `precision`."""
+    if precision is None:
+        return matmul_precision
+    if not torch.compiler.is_compiling():
+        warnings.warn("the option precision is now called matmul_precision", DeprecationWarning, stacklevel=3)
+    return precision
 
 
 def why_not_triton(like: Tensor) -> str | None:

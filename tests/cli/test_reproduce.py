@@ -14,15 +14,14 @@ import pytest
 
 from fastbgad.__main__ import main
 from fastbgad.cli.parser import parse
-from fastbgad.cli.reproduce import plans_of
-from fastbgad.cli.reproduce_options import Reproduce
-from fastbgad.errors import ConfigError, FeatureError
+from fastbgad.cli.reproduce import Reproduce, plans_of
+from fastbgad.errors import ConfigError, FeatureError, Notice
 from fastbgad.experiments.plan.cells import Cell, CellResult
 from fastbgad.experiments.plan.plan import cells_of
 from fastbgad.experiments.plan.protocol import names, table_names
 from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running.ledger import Ledger
-from fastbgad.system.ranks import Place
+from fastbgad.system.ranks import Rank
 from tests import ROOT
 from tests.cells import FakeRunner, result_of
 from tests.miniature import make_miniature
@@ -97,13 +96,29 @@ def test_data_and_out_are_required(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_setup_comes_from_options_and_preset() -> None:
     assert command().setup() == Setup()
-    demo = command("--preset", "demo", "--backbone", "gabor", "--precision", "bfloat16", "--loss.beta", "0.05").setup()
-    assert (demo.backbone, demo.precision, demo.training.loss.beta) == ("gabor", "bfloat16", 0.05)
+    demo = command(
+        "--preset", "demo", "--backbone", "gabor", "--matmul-precision", "bfloat16", "--loss.beta", "0.05"
+    ).setup()
+    assert (demo.backbone, demo.matmul_precision, demo.training.loss.beta) == ("gabor", "bfloat16", 0.05)
     assert demo.training.flow.coupling_layers == 4
     assert demo.training.anomalies.cell_labels == "any"
     for wrong in (["--anomalies.num-anomalies", "5"], ["--anomalies.per-type"]):
         with pytest.raises(ConfigError, match="--num-anomalies"):
             command(*wrong).setup()
+
+
+def test_the_former_name_of_the_matmul_precision() -> None:
+    for arguments in (["--precision", "float32"], ["--precision=float32"]):
+        with pytest.warns(Notice, match="--precision is deprecated; it is now called --matmul-precision"):
+            assert command(*arguments).matmul_precision == "float32"
+
+
+def test_files_name_the_matmul_precision_as_before() -> None:
+    """Runs of earlier versions, whose default was called float16, go on."""
+    assert Setup().as_dict()["precision"] == "float16"
+    assert list(Setup().as_dict())[-1] == "precision"
+    assert Setup().digest == Setup(matmul_precision="float16").digest
+    assert Setup(matmul_precision="bfloat16").as_dict()["precision"] == "bfloat16"
 
 
 def test_all_tables_without_names() -> None:
@@ -255,7 +270,7 @@ def test_what_fails_or_is_missing_is_listed(
 def test_only_the_first_process_speaks(
     data: Path, tmp_path: Path, runners: list[FakeRunner], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr("fastbgad.cli.reproduce.find_place", lambda: Place(1, 2, 1, 2, "slurm"))
+    monkeypatch.setattr("fastbgad.cli.reproduce.find_rank", lambda: Rank(1, 2, 1, 2, "slurm"))
     shutil.copytree(data / "btad" / "01", tmp_path / "data" / "01")
     assert reproduce(tmp_path / "data", tmp_path / "run", "btad", "--dry-run") == 0
     # It says nothing of the two categories that are missing either, and is no failure: that would stop the others.

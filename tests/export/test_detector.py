@@ -119,6 +119,7 @@ def test_torch_export(resnet: BGAD, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow  # the C++ compiler alone takes half a minute
 def test_aoti(tiny: BGAD, tmp_path: Path) -> None:
     path = tmp_path / "detector.pt2"
     export_detector(tiny, path, "aoti")

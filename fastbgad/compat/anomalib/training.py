@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import Compose, Resize
 from ...config import ScheduleConfig, TrainConfig
 from ...data import AnomalySynthesis, AugmentedAnomalies, Sample
 from ...errors import ConfigError, DataError, FeatureError, MissingDependencyError
-from ...features.store import FeatureStore, cell_mask
+from ...features.store import FeatureStore, StoreOptions, cell_mask
 from ...model.calibration import calibration_of, stored_log_likelihoods
 from ...model.detector import BGAD
 from ...model.scoring import Calibration
@@ -149,8 +149,7 @@ class TrainingFeatures:
             detector.backbone,
             detector.image_size,
             len(kept),
-            device=detector.device,
-            cell_labels=config.anomalies.cell_labels,
+            StoreOptions(device=detector.device, cell_labels=config.anomalies.cell_labels),
         )
         weakref.finalize(self, self._store.close)  # training may end without a call of a hook
         self._fill(images.batches(kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...system.files import atomic_path
+from ...system.torch_file import read_torch_file
 from ...wording import listed
 
 _SHOWN_KEYS = 3
@@ -75,16 +75,7 @@ def load_weights(encoder: nn.Module, decoders: Decoders, filename: str | Path) -
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no weights file {path}; give the path of a file that save_weights wrote")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds Python objects besides tensors, which are not loaded for safety; get the file "
-            "again, or write it anew with save_weights"
-        ) from error
-    except Exception as error:  # bytes that are no such file can fail in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the weights file {path} is damaged ({reason}); get it again") from error
+    return read_torch_file(path, "get the file again, or write it again with save_weights")
 
 
 def _parts(path: Path, content: Any) -> tuple[Mapping[str, Tensor], list[Mapping[str, Tensor]]]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError, FeatureError, check_choice
 from ...flow_spec import FlowSpec
 from ...model.flow import ConditionalFlow
-from ...ops import Impl, PositionalRows, Precision, log_likelihood
+from ...ops import Impl, MatmulPrecision, PositionalRows, log_likelihood
+from ...ops.dispatch import renamed_precision
 from ...ops.positional_tensor import PositionalEncoding, positional_map, separable
 
 
@@ -24,14 +25,23 @@ class FlowDecoder(nn.Module):
 
     Args:
         spec: the shape of the flow.
-        impl, precision: see `ConditionalFlow`. On a GPU matrix products have float16 operands unless precision is
-            "float32": log-likelihoods then lie within about 5e-5 of float64.
+        impl, matmul_precision: see `ConditionalFlow`. On a GPU matrix products have float16 operands unless
+            matmul_precision is "float32": log-likelihoods then lie within about 5e-5 of float64.
+        precision: deprecated name of matmul_precision.
     """
 
-    def __init__(self, spec: FlowSpec, *, impl: Impl = "auto", precision: Precision = "float16") -> None:
+    def __init__(
+        self,
+        spec: FlowSpec,
+        *,
+        impl: Impl = "auto",
+        matmul_precision: MatmulPrecision = "auto",
+        precision: MatmulPrecision | None = None,
+    ) -> None:
         super().__init__()
+        matmul_precision = renamed_precision(matmul_precision, precision)
         seed = int(torch.randint(2**62, (), device="cpu"))
-        flow = ConditionalFlow(spec, seed=seed, impl=impl, precision=precision)
+        flow = ConditionalFlow(spec, seed=seed, impl=impl, matmul_precision=matmul_precision)
         self.module_list: nn.ModuleList = flow.module_list
         # Not registered as a submodule: its parameters are those of module_list, under FrEIA's names.
         object.__setattr__(self, "_flow", flow)

@@ -23,8 +23,8 @@ from ...errors import FeatureError, UnsupportedFlowError
 from ...flow_spec import CouplingWeights, FlowSpec
 from ...kernels.device_cache import DeviceCache
 from ...model.flow import CouplingLayer
-from ...ops import FlowOutput, Impl, PositionalRows, Precision, flow_forward, flow_inverse
-from ...ops.dispatch import check_impl, check_precision, compute_dtype
+from ...ops import FlowOutput, Impl, MatmulPrecision, PositionalRows, flow_forward, flow_inverse
+from ...ops.dispatch import check_impl, check_matmul_precision, compute_dtype, renamed_precision
 from ...ops.flow.kept_weights import KeptWeights
 from ...ops.permutations import permutation_matrix
 from ...ops.positional_tensor import separable
@@ -41,7 +41,13 @@ FEWEST_TRAINING_ROWS = 200
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def accelerate(module: _Module, *, impl: Impl = "auto", precision: Precision = "float32") -> _Module:
+def accelerate(
+    module: _Module,
+    *,
+    impl: Impl = "auto",
+    matmul_precision: MatmulPrecision = "float32",
+    precision: MatmulPrecision | None = None,
+) -> _Module:
     """Make every flow of AllInOneBlocks in a module compute with fastbgad, in place.
 
     Args:
@@ -49,8 +55,9 @@ def accelerate(module: _Module, *, impl: Impl = "auto", precision: Precision = "
             anomalib's `CflowModel` or `Cflow`, whose forward then also takes whole maps instead of 64 patches at a
             time; or any module that contains such flows (a DDP wrapper, a Lightning module).
         impl: backend, see `fastbgad.ops`; "auto" chooses by the tensors' device.
-        precision: type of the operands of the kernels' matrix products on a GPU. "float32" stays closest to the
+        matmul_precision: type of the operands of the kernels' matrix products on a GPU. "float32" stays closest to the
             original; "float16" is faster and keeps log-likelihoods within about 5e-5.
+        precision: deprecated name of matmul_precision.
 
     Returns:
         The same module. An accelerated flow has the same parameter tensors and `state_dict` keys, takes
@@ -69,7 +76,8 @@ def accelerate(module: _Module, *, impl: Impl = "auto", precision: Precision = "
             already and stay as they are.
     """
     check_impl(impl)
-    check_precision(precision)
+    matmul_precision = renamed_precision(matmul_precision, precision)
+    check_matmul_precision(matmul_precision)
     # Everything is read before anything is changed, so that an error leaves the module as it was.
     flows: list[tuple[nn.Module, AcceleratedState]] = []
     models: list[nn.Module] = []
@@ -79,7 +87,7 @@ def accelerate(module: _Module, *, impl: Impl = "auto", precision: Precision = "
             done = True  # accelerated before, or a layer of a flow of fastbgad, which is fast by itself
         elif looks_like_flow(child):
             label = name or type(child).__name__
-            flows.append((child, AcceleratedState(child, label, impl, precision)))
+            flows.append((child, AcceleratedState(child, label, impl, matmul_precision)))
         elif looks_like_cflow(child):
             check_cflow(child, name or type(child).__name__)
             models.append(child)
@@ -115,10 +123,10 @@ class AcceleratedState:
     spec: FlowSpec
     condition: int | None
 
-    def __init__(self, flow: nn.Module, name: str, impl: Impl, precision: Precision) -> None:
+    def __init__(self, flow: nn.Module, name: str, impl: Impl, matmul_precision: MatmulPrecision) -> None:
         self.name = name
         self.impl = impl
-        self.precision = precision
+        self.matmul_precision = matmul_precision
         self.kept = KeptWeights()
         self._matrices = DeviceCache[Tensor]()
         self._replaced: list[tuple[nn.Module, str, Any]] = []
@@ -150,9 +158,16 @@ class AcceleratedState:
         return_z: bool,
     ) -> FlowOutput:
         """Compute the flow with kept weights where they can be used."""
-        pack = self.kept.get(self.spec, layers, x, condition, self.impl, self.precision)
+        pack = self.kept.get(self.spec, layers, x, condition, self.impl, self.matmul_precision)
         return flow_forward(
-            x, layers, self.spec, condition, return_z=return_z, impl=self.impl, precision=self.precision, pack=pack
+            x,
+            layers,
+            self.spec,
+            condition,
+            return_z=return_z,
+            impl=self.impl,
+            matmul_precision=self.matmul_precision,
+            pack=pack,
         )
 
     def _matrix(self, index: Tensor, dtype: torch.dtype) -> Tensor:

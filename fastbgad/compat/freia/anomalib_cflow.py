@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...backbones.frozen_network import FrozenCopy, with_child
 from ...errors import UnsupportedFlowError
 from ...ops import PositionalRows
-from ...ops.log_likelihood.dispatcher import log_likelihood_of_norm
+from ...ops.log_likelihood.portable import log_likelihood_of_norm
 from .class_swap import exporting, original_class, rebuild
 
 

@@ -1,16 +1,16 @@
-"""The door to the explicit boundary. Oracle: `fastbgad.reference.boundary`."""
+"""Dispatcher of the explicit boundary. Reference: `fastbgad.reference.boundary`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ... import reference
 from ...errors import ConfigError
 from ..dispatch import Impl, check_mask, compute_dtype, resolve_impl
 from .pooled import pooled_boundary_torch, pooled_boundary_triton
+from .portable import portable_boundary
 from .registered import boundary_op
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Boundary(NamedTuple):
 
     b_n: Tensor  # scalar; NaN where there is no normal row
     b_a: Tensor  # scalar, b_n - tau
-    n_normal: Tensor  # scalar int64, how many rows it rests on
+    n_normal: Tensor  # scalar int64, number of normal rows
 
 
 def boundary(
@@ -35,14 +35,14 @@ def boundary(
     impl: Impl = "auto",
     group: ProcessGroup | None = None,
 ) -> Boundary:
-    """The int(n_normal * beta)-th smallest normal log-likelihood, without waiting for the device.
+    """Return the int(n_normal * beta)-th smallest normal log-likelihood, without waiting for the device.
 
     Args:
         lp: [N] log-likelihood per dimension; detached here. float16 and bfloat16 are cast up to float32.
         anomalous: [N] bool.
         beta: percentile as a fraction, 0 <= beta < 1.
         tau: margin between b_n and b_a, in units of lp / normalizer.
-        normalizer: what lp is divided by.
+        normalizer: divisor of lp.
         impl: "auto", "triton", "torch" or "reference".
         group: pool the normal rows of these processes: all get the boundary of all their rows, bit for bit that of
             one process holding them all. Every process of the group calls this, with its own rows (any number of
@@ -68,7 +68,7 @@ def boundary(
     lp = lp.detach().to(compute_dtype(lp))
     if kind == "reference":
         if group is not None:
-            raise ConfigError('the oracle knows no process group; pool the boundary with impl="torch" or "triton"')
+            raise ConfigError('the reference takes no process group; pool the boundary with impl="torch" or "triton"')
         return Boundary(*reference.boundary(lp, anomalous, beta, tau, normalizer), (~anomalous).sum())
     if group is not None:
         pooled = pooled_boundary_triton if kind == "triton" else pooled_boundary_torch
@@ -78,28 +78,8 @@ def boundary(
     return Boundary(*portable_boundary(lp, anomalous, beta, tau, normalizer))
 
 
-def portable_boundary(
-    lp: Tensor,  # [N] float32 or float64, detached
-    anomalous: Tensor,  # [N] bool
-    beta: float,
-    tau: float,
-    normalizer: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """b_n, b_a and n_normal by a sort of all rows."""
-    n_normal = (~anomalous).sum()
-    if len(lp) == 0:
-        nothing = lp.new_full((), float("nan"))
-        return nothing, nothing.clone(), n_normal
-    # Anomalous rows move behind all normal ones, among the NaN, so the normal order statistic keeps its place.
-    behind = torch.where(anomalous, torch.nan, lp)
-    place = (n_normal.double() * beta).long()
-    value = torch.sort(behind).values.gather(0, place.reshape(1))[0]
-    b_n = torch.where(n_normal > 0, value / normalizer, torch.nan)
-    return b_n, b_n - tau, n_normal
-
-
 def check_boundary_options(beta: float, tau: float, normalizer: float) -> None:
-    """Raises `ConfigError` for values that cannot define a boundary."""
+    """Raise `ConfigError` for values that cannot define a boundary."""
     if not 0 <= beta < 1:
         raise ConfigError(f"beta is {beta}; it is a fraction, 0 <= beta < 1 (0.01 takes the first percentile)")
     if tau < 0:

@@ -26,7 +26,7 @@ def pooled_boundary_triton(
     normalizer: float,
     group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """b_n, b_a and n_normal of all processes' rows, by the kernels."""
+    """Return b_n, b_a and n_normal of all processes' rows, by the kernels."""
     from ...kernels.boundary import boundary_finish, boundary_histograms  # triton need not be installed
 
     check_member(group)
@@ -45,7 +45,7 @@ def pooled_boundary_torch(
     normalizer: float,
     group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """b_n, b_a and n_normal of all processes' rows, in plain PyTorch; every process passes the same type."""
+    """Return b_n, b_a and n_normal of all processes' rows, in plain PyTorch; every process passes the same type."""
     check_member(group)
     key_type, digits = (torch.int64, 8) if lp.dtype == torch.float64 else (torch.int32, 4)
     key = _ordered_key(lp, key_type)
@@ -71,7 +71,7 @@ def pooled_boundary_torch(
 
 
 def check_member(group: ProcessGroup) -> None:
-    """Raises `ConfigError` where this process does not belong to the group: it would keep its own boundary."""
+    """Raise `ConfigError` where this process does not belong to the group: it would keep its own boundary."""
     if torch.distributed.get_rank(group) < 0:
         raise ConfigError("this process is not a member of the group whose rows the boundary pools")
 
@@ -81,7 +81,7 @@ def _add_up(counts: Tensor, group: ProcessGroup) -> None:
 
 
 def _ordered_key(x: Tensor, key_type: torch.dtype) -> Tensor:
-    """Bit patterns whose order, read as unsigned integers, is that of torch.sort: NaN last, -0.0 equal to 0.0."""
+    """Return bit patterns that order as unsigned integers like torch.sort orders x: NaN last, -0.0 equal to 0.0."""
     bits = torch.where(x == 0, 0.0, x).view(key_type)
     info = torch.iinfo(key_type)
     # Negative values turn around as a whole, the others get the top bit.
@@ -90,4 +90,5 @@ def _ordered_key(x: Tensor, key_type: torch.dtype) -> Tensor:
 
 
 def _key_to_float(key: Tensor, dtype: torch.dtype) -> Tensor:
+    """Invert `_ordered_key`."""
     return torch.where(key < 0, key ^ torch.iinfo(key.dtype).min, ~key).view(dtype)

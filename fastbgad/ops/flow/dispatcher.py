@@ -18,7 +18,15 @@ from ...errors import BackendError, ConfigError, FeatureError
 from ...flow_spec import CouplingWeights, FlowSpec
 from ...kernels.flow.weights import MOST_CHANNELS, most_channels_with_gradients
 from ..debug import check_values, debugging
-from ..dispatch import Impl, Precision, check_precision, compute_dtype, resolve_impl
+from ..dispatch import (
+    Impl,
+    MatmulPrecision,
+    check_matmul_precision,
+    compute_dtype,
+    renamed_precision,
+    resolve_impl,
+    resolve_matmul_precision,
+)
 from ..positional import PositionalRows
 from . import (
     compiled as flow_native,
@@ -67,9 +75,10 @@ def flow_forward(
     return_z: bool = False,
     impl: Impl = "auto",
     chunk_rows: int | None = None,
-    precision: Precision = "float16",
+    matmul_precision: MatmulPrecision = "auto",
     recompute: bool | None = None,
     pack: FlowPack | FoldedFlow | PackedFlow | NativeFlow | None = None,
+    precision: MatmulPrecision | None = None,
 ) -> FlowOutput:
     """Carries N patch features through all coupling layers.
 
@@ -84,20 +93,22 @@ def flow_forward(
         return_z: also return the latent.
         impl: "auto", "torch", "native", "triton" or "reference".
         chunk_rows: rows that go through the layers together (impl "torch"); None chooses by the cache.
-        precision: operands of the kernels' matrix products (impl "triton"): "float16" with float32 accumulation and an
-            accurate permutation (log-likelihoods within about 5e-5 of float64), or "float32". On a CPU both mean
-            float32. "bfloat16" is for training on CPUs with bfloat16 instructions: the subnets' products of a
-            call that needs gradients take bfloat16 operands there; without gradients it means float32.
+        matmul_precision: operands of matrix products. "auto": float16 in the kernels (impl "triton"), with float32
+            accumulation and an accurate permutation (log-likelihoods within about 5e-5 of float64), and float32
+            elsewhere. "float16": the same as "auto". "float32": everywhere. "bfloat16" is for training on CPUs with
+            bfloat16 instructions: the subnets' products of a call that needs gradients take bfloat16 operands there;
+            without gradients it means float32.
         recompute: whether the kernels' backward computes activations again instead of keeping them; None does so for
             a million rows, not for a training step.
         pack: the same weights prepared before, by `pack_flow` for inference with the kernels, by `pack_native` for
             compiled C++, by `fold_flow` or `flow_packed.pack_products` for the portable path; see
             `ConditionalFlow.freeze`.
+        precision: deprecated name of matmul_precision.
 
     Returns:
         `FlowOutput(log_likelihood [N], log_det [N], z [N, C] or None)`. A row whose features hold NaN or Inf has NaN
         (or Inf) results and touches no other row. With the kernels so does a row whose index is out of range or whose
-        features leave the range of `precision`, and in the backward these rows are left out.
+        features leave the range of its operands, and in the backward these rows are left out.
 
     Raises:
         FeatureError: shapes, types or devices that do not fit the spec; inside `debug_checks` also values.
@@ -109,13 +120,18 @@ def flow_forward(
     _check(x, layers, spec, condition, rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ConfigError(f"chunk_rows is {chunk_rows}; it must be at least 1")
-    check_precision(precision)
+    matmul_precision = renamed_precision(matmul_precision, precision)
+    check_matmul_precision(matmul_precision)
+    precision = resolve_matmul_precision(matmul_precision)
     if kind == "triton" and precision == "bfloat16":
         raise ConfigError(
-            "the kernels have no bfloat16 (its errors are ten times float16's); use precision float16 or float32"
+            "the kernels have no bfloat16 (its errors are ten times float16's); "
+            'use matmul_precision="float16" or "float32"'
         )
     if impl == "native" and precision == "bfloat16":
-        raise ConfigError('compiled C++ computes in float32; use precision="float32", or impl="torch" with bfloat16')
+        raise ConfigError(
+            'compiled C++ computes in float32; use matmul_precision="float32", or impl="torch" with bfloat16'
+        )
     if debugging():
         check_values(x, layers, condition, rows)
     dtype = compute_dtype(x)
@@ -194,9 +210,9 @@ def portable_or_native(
     return "torch" if obstacle is not None else "native"
 
 
-def is_wide(spec: FlowSpec, precision: Precision, needs_grad: bool) -> bool:
+def is_wide(spec: FlowSpec, matmul_precision: MatmulPrecision, needs_grad: bool) -> bool:
     """Whether a flow has too many channels, or its condition has, to keep its rows on the chip through all layers."""
-    most = most_channels_with_gradients(precision) if needs_grad else MOST_CHANNELS
+    most = most_channels_with_gradients(resolve_matmul_precision(matmul_precision)) if needs_grad else MOST_CHANNELS
     return spec.channels > most or spec.condition_channels > MOST_CONDITION_CHANNELS
 
 

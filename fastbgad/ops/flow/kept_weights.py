@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...flow_spec import CouplingWeights, FlowSpec
 from ...kernels.device_cache import DeviceCache
-from .. import FlowPack, Geometry, Impl, PositionalRows, Precision, pack_flow
+from .. import FlowPack, Geometry, Impl, MatmulPrecision, PositionalRows, pack_flow
 from ..dispatch import compute_dtype, resolve_impl
 from ..tensor_state import tensor_state
 from . import onednn as flow_packed
@@ -58,7 +58,7 @@ class KeptWeights:
         x: Tensor,
         condition: PositionalRows | Tensor | None,
         impl: Impl,
-        precision: Precision,
+        matmul_precision: MatmulPrecision,
     ) -> Prepared | None:
         """The kept form for `ops.flow_forward`; None for calls that cannot use it: gradients, the oracle, tracing."""
         if torch.compiler.is_compiling():
@@ -69,9 +69,9 @@ class KeptWeights:
         kind: FlowImpl = resolve_impl(impl, x)
         if kind == "torch":
             kind = portable_or_native(impl, x, layers, spec, condition)
-        if kind == "reference" or (kind == "triton" and is_wide(spec, precision, needs_grad=False)):
+        if kind == "reference" or (kind == "triton" and is_wide(spec, matmul_precision, needs_grad=False)):
             return None
-        geometry, dtype = Geometry.of(condition, precision), compute_dtype(x)
+        geometry, dtype = Geometry.of(condition, matmul_precision), compute_dtype(x)
 
         def prepare() -> Prepared:
             if kind == "triton":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...flow_spec import CouplingWeights, FlowSpec
-from ..log_likelihood.dispatcher import log_likelihood_of_norm
+from ..log_likelihood.portable import log_likelihood_of_norm
 from ..positional import PositionalRows
 from ..reused_memory import Block
 from .folded import Bias, Chunk, Folded, fold_flow, hidden_bias_of, map_size

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...flow_spec import CouplingWeights, FlowSpec
-from ..log_likelihood.dispatcher import portable_log_likelihood
+from ..log_likelihood.portable import portable_log_likelihood
 from ..positional import PositionalRows
 from ..reused_memory import Block
 from .folded import Bias, Chunk, DenseBias, Folded, GatheredBias, fold_flow, global_affine_scale, subnet_scale

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ...flow_spec import CouplingWeights, FlowSpec, GlobalAffine
 from ...kernels.device_cache import DeviceCache
-from ..dispatch import Precision, interpreting
+from ..dispatch import MatmulPrecision, interpreting, resolve_matmul_precision
 from ..positional import PositionalRows
 from .folded import global_affine_scale
 from .gradient_scale import gradient_scale
@@ -37,14 +37,15 @@ class Geometry(NamedTuple):
     width: int
     positions: bool  # the condition is `PositionalRows`
     dense: bool  # the condition is a tensor
-    precision: Precision
+    matmul_precision: MatmulPrecision  # never "auto"
 
     @classmethod
-    def of(cls, condition: PositionalRows | Tensor | None, precision: Precision) -> Geometry:
-        """The geometry of a condition."""
+    def of(cls, condition: PositionalRows | Tensor | None, matmul_precision: MatmulPrecision) -> Geometry:
+        """Return the geometry of a condition."""
+        operands = resolve_matmul_precision(matmul_precision)
         if isinstance(condition, PositionalRows):
-            return cls(condition.height, condition.width, True, False, precision)
-        return cls(1, 1, False, condition is not None, precision)
+            return cls(condition.height, condition.width, True, False, operands)
+        return cls(1, 1, False, condition is not None, operands)
 
 
 class FlowPack(NamedTuple):
@@ -67,7 +68,7 @@ def pack_flow(layers: Sequence[CouplingWeights], spec: FlowSpec, geometry: Geome
     plain = spec.hard_permutation or any(t.dtype != torch.float32 or not t.is_contiguous() for t in weights)
     pack = _plain_pack if plain else flow_pack
     shape = (geometry.height, geometry.width, spec.channels, spec.hidden_channels, spec.condition_channels)
-    half = geometry.precision == "float16"
+    half = geometry.matmul_precision == "float16"
     packed = pack(weights, codes, *shape, geometry.dense, spec.global_affine, spec.hard_permutation, half)
     return FlowPack(list(packed), geometry)
 
@@ -113,11 +114,11 @@ def train(
     condition: PositionalRows | Tensor | None,
     rows: Tensor | None,  # [N]
     return_z: bool,
-    precision: Precision,
+    matmul_precision: MatmulPrecision,
     recompute: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`infer` with gradients of every weight and of x (which then must not be gathered by `rows`)."""
-    pack = pack_flow(layers, spec, Geometry.of(condition, precision))
+    pack = pack_flow(layers, spec, Geometry.of(condition, matmul_precision))
     count = len(x) if rows is None else len(rows)
     lp, log_det, z, *_ = flow_train(
         _unit_stride(x), [tensor for layer in layers for tensor in layer], pack.tensors,

@@ -11,10 +11,10 @@ The positions' codes are gathered once per chunk and take part in the first prod
 should cost less than reading and writing all hidden activations once more to add two table rows, and the gradient of W1
 comes from one product too, without sums in an order of their own.
 
-precision "float16": products of 16-bit operands summed in float32, state and log-determinant in float32. The
+matmul_precision "float16": products of 16-bit operands summed in float32, state and log-determinant in float32. The
 permutation would dominate the error, so v and W_perm are split into a high and a low part, see
 fastbgad/kernels/coupling_operands.py.
-precision "float32": float32 products. These are the library's, so torch's own switch decides about TF32
+matmul_precision "float32": float32 products. These are the library's, so torch's own switch decides about TF32
 (`torch.set_float32_matmul_precision`; off unless switched on).
 
 Lost rows have lp, log_det and z NaN, touch no other row, and are left out of the gradients: rows with a NaN, with a
@@ -40,8 +40,8 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...flow_spec import ClampForm, CouplingWeights, FlowSpec, GlobalAffine
-from ..dispatch import Precision, interpreting
-from ..log_likelihood.dispatcher import LOG_2PI
+from ..dispatch import MatmulPrecision, interpreting, resolve_matmul_precision
+from ..log_likelihood.portable import LOG_2PI
 from ..positional import PositionalRows
 from . import portable as flow_torch
 from .folded import fold_flow
@@ -61,7 +61,7 @@ def forward(
     spec: FlowSpec,
     condition: PositionalRows | Tensor | None,  # or [N, P]
     return_z: bool,
-    precision: Precision,
+    matmul_precision: MatmulPrecision,
     *,
     chunk_rows: int = CHUNK_ROWS,
     recompute: bool | None = None,
@@ -71,10 +71,11 @@ def forward(
     Args:
         x: features of any type up to float32, computed in float32.
         condition: positions, a dense [N, P] tensor, or None.
-        precision: "float16" or "float32", see above.
+        matmul_precision: "float16" ("auto") or "float32", see above.
         chunk_rows: rows that go through the layers together where nothing is kept.
         recompute: keep nothing for the backward; None: if it would be more than `LARGEST_KEPT` bytes.
     """
+    precision = resolve_matmul_precision(matmul_precision)
     positions = condition if isinstance(condition, PositionalRows) else None
     dense = condition.float().contiguous() if isinstance(condition, Tensor) else None
     index = None if positions is None or positions.index is None else positions.index.to(x.device)

@@ -1,12 +1,9 @@
-"""The door to the log-likelihood of a latent. Oracle: `fastbgad.reference.log_likelihood`.
+"""Dispatcher of the log-likelihood of a latent. Reference: `fastbgad.reference.log_likelihood`.
 
 For callers with a flow of their own, who hold z and log|det J|: `flow_forward` returns its log-likelihoods itself.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +11,8 @@ from torch import Tensor
 from ... import reference
 from ...errors import FeatureError
 from ..dispatch import Impl, compute_dtype, resolve_impl
+from .portable import DifferentiableLogLikelihood
 from .registered import log_likelihood_op
-
-LOG_2PI = math.log(2 * math.pi)
 
 
 def log_likelihood(
@@ -25,7 +21,7 @@ def log_likelihood(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """lp [N], the log-likelihood of each row in nats per dimension: what `spp_loss` and `score_map` take.
+    """Return lp [N], the log-likelihood of each row in nats per dimension, which `spp_loss` and `score_map` take.
 
         lp = (-C/2 ln(2 pi) - 1/2 |z|^2 + log_det) / C
 
@@ -58,37 +54,7 @@ def log_likelihood(
     with torch.autocast(z.device.type, enabled=False):
         if kind == "reference":
             return reference.log_likelihood(z, log_det)
-        return _LogLikelihood.apply(z, log_det)
-
-
-def portable_log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
-    """lp [N] in plain PyTorch, without a temporary of the size of z. Autocast must be off: it would round z."""
-    return log_likelihood_of_norm(torch.linalg.vecdot(z, z), log_det, z.shape[1])
-
-
-def log_likelihood_of_norm(squared_norm: Tensor, log_det: Tensor, channels: int) -> Tensor:
-    """lp [N] from |z|^2 [N]."""
-    return (log_det - 0.5 * squared_norm) / channels - 0.5 * LOG_2PI
-
-
-def portable_log_likelihood_backward(z: Tensor, d_lp: Tensor) -> tuple[Tensor, Tensor]:
-    """dz [N, C] and d_log_det [N]; see `fastbgad.kernels.log_likelihood` for the equation."""
-    share = d_lp / z.shape[1]
-    return z * -share[:, None], share
-
-
-class _LogLikelihood(torch.autograd.Function):
-    """One product backward, where autograd would take the dot product apart into three."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, log_det: Tensor) -> Tensor:
-        ctx.save_for_backward(z)
-        return portable_log_likelihood(z, log_det)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
-        (z,) = ctx.saved_tensors
-        return portable_log_likelihood_backward(z, upstream[0])
+        return DifferentiableLogLikelihood.apply(z, log_det)
 
 
 def _check(z: Tensor, log_det: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The door to the anomaly map. Oracle: `fastbgad.reference.score_map`."""
+"""Dispatcher of the anomaly map. Reference: `fastbgad.reference.score_map`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ... import reference
 from ...errors import BackendError, FeatureError
 from ..dispatch import Impl, compute_dtype, resolve_impl
+from .portable import portable_score_map
 from .registered import score_map_op
 
 
 class ScoreMap(NamedTuple):
-    """How anomalous B images are; float64 for float64 log-likelihoods, float32 otherwise."""
+    """Anomaly scores of B images; float64 for float64 log-likelihoods, float32 otherwise."""
 
     anomaly_map: Tensor  # [B, H, W], high where patches are unlikely
     image_score: Tensor  # [B], the maximum of the map; NaN where the map holds one
@@ -30,7 +30,7 @@ def score_map(
     *,
     impl: Impl = "auto",
 ) -> ScoreMap:
-    """The anomaly map of log-likelihood maps and its maximum, high where patches are unlikely.
+    """Return the anomaly map of log-likelihood maps and its maximum, high where patches are unlikely.
 
         anomaly_map = offset - sum over levels of upsample(exp(lp_l - level_max_l))
 
@@ -41,7 +41,7 @@ def score_map(
         levels: per level lp [B, h_l, w_l], all of one floating-point type and on one device.
         size: (H, W) of the map.
         level_max: [L], the log-likelihood that counts as fully normal, on the levels' device.
-        offset: what the summed likelihood is subtracted from; a number, or a tensor with one element.
+        offset: the summed likelihood is subtracted from it; a number, or a tensor with one element.
         impl: "auto", "torch", "triton" or "reference". The kernel has no gradient: where one is required, "auto" takes
             the portable path.
 
@@ -73,22 +73,6 @@ def score_map(
     make = reference.score_map if kind == "reference" else portable_score_map
     anomaly_map = make([lp.to(dtype) for lp in levels], size, level_max, offset)
     return ScoreMap(anomaly_map, anomaly_map.amax(dim=(1, 2)))
-
-
-def portable_score_map(
-    levels: Sequence[Tensor],  # each [B, h_l, w_l]
-    size: tuple[int, int],
-    level_max: Tensor,  # [L]
-    offset: Tensor | float,
-) -> Tensor:
-    """The anomaly map [B, H, W] in plain PyTorch; no level's upsampled map outlives its addition."""
-    total = None
-    for lp, constant in zip(levels, level_max, strict=True):
-        likelihood = torch.exp(lp - constant)[:, None]
-        upsampled = interpolate(likelihood, size=size, mode="bilinear", align_corners=True)[:, 0]
-        total = upsampled if total is None else total.add_(upsampled)
-    assert total is not None
-    return offset - total
 
 
 def _check(levels: Sequence[Tensor], size: tuple[int, int], level_max: Tensor, offset: Tensor | float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .dispatcher import MlForm, Reduction, contrastive_loss, spp_loss
+from .dispatcher import contrastive_loss, spp_loss
+from .options import MlForm, Reduction
 
 __all__ = [
     "MlForm",

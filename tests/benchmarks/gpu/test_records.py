@@ -125,7 +125,7 @@ def test_collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ]
     crash = {"stage": "headline", "item": name, "step": "fastbgad triton", "outcome": "crashed", "message": "SIGSEGV"}
     out = write_run(tmp_path / "out", crash, again, *tests)
-    tiles = {"tiles": {"score_map": {"map": {"BH": 4, "BW": 128, "num_warps": 4}}}, "measured_on": {}}
+    tiles = {"tiles": {"score_map": {"map": {"TH": 4, "TW": 128, "num_warps": 4}}}, "measured_on": {}}
     (out / "tiles.json").write_text(json.dumps(tiles))
     monkeypatch.setattr(collect, "checkout", lambda root: HERE)
     (tmp_path / "configs").mkdir()

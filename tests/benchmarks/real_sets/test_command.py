@@ -13,9 +13,8 @@ import real
 from real_sets import bench, command, work
 from real_sets.results import collect
 
-from fastbgad.errors import BackendError
+from fastbgad.errors import BackendError, InterruptedTraining
 from fastbgad.experiments.running.claims import Claims
-from fastbgad.train.fit import InterruptedTraining
 from tests.make_data import make_mvtec
 
 BENCHMARKS = Path(real.__file__).parent

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from fastbgad.backbones import create_backbone
 from fastbgad.errors import DataError, FeatureError, MetricError
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import ImageFeatures, ImageReading
 from tests.make_data import make_folder_dataset, make_mvtec
 
 
@@ -142,7 +142,7 @@ def test_gaussian_maps_sum_over_levels(tmp_path: Path) -> None:
     category = open_set("widget", make_mvtec(tmp_path, normals=3, per_type=1, size=64))
     backbone = create_backbone("tf_efficientnet_lite0", weights="random")
     images = [*category.train, *category.test]
-    features = ImageFeatures(backbone, (64, 64), images, category.train, workers=0)
+    features = ImageFeatures(backbone, (64, 64), images, category.train, reading=ImageReading(workers=0))
     features.extract(images)
     normals, test = features.slots(category.train), features.slots(category.test)
     maps, image_scores = gaussian_maps(features.store, normals, test, (64, 64))

@@ -127,8 +127,8 @@ def test_clear_errors() -> None:
         fastbgad.accelerate(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="impl is 'fast'"):
         fastbgad.accelerate(flow_of("soft", 4, 0), impl="fast")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="precision is 'int8'"):
-        fastbgad.accelerate(flow_of("soft", 4, 0), precision="int8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="matmul_precision is 'int8'"):
+        fastbgad.accelerate(flow_of("soft", 4, 0), matmul_precision="int8")  # type: ignore[arg-type]
     flow = fastbgad.accelerate(flow_of("soft", 4, 8))
     x, c = inputs(4, 8, 5)
     with pytest.raises(FeatureError, match="needs a condition"):

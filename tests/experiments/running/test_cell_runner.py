@@ -97,7 +97,7 @@ def test_features_are_extracted_once_for_all_trainings(runner: CellRunner, monke
     extract = ImageFeatures.extract
 
     def noted(self: ImageFeatures, samples: Sequence[Any]) -> None:
-        files.extend(s for s in dict.fromkeys(samples) if s not in self._there)
+        files.extend(s for s in dict.fromkeys(samples) if s not in self._stored)
         extract(self, samples)
 
     monkeypatch.setattr(ImageFeatures, "extract", noted)
@@ -118,7 +118,7 @@ def test_overrides_and_calibration_reach_the_training(category: Category) -> Non
         ("usual", SETUP, ()),
         ("deeper", SETUP, (("flow.coupling_layers", 3),)),
         ("training", replace(SETUP, calibration="training"), ()),
-        ("bfloat16", replace(SETUP, precision="bfloat16"), ()),
+        ("bfloat16", replace(SETUP, matmul_precision="bfloat16"), ()),
     ):
         made = CellRunner(setup, category, "mvtec", device=CPU)
         (results[name],) = made.run([cell(overrides=overrides)])

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastbgad import reference
 from fastbgad.errors import ConfigError, FeatureError
 from fastbgad.ops import boundary, spp_loss
-from fastbgad.ops.spp_loss.dispatcher import portable_spp_loss
+from fastbgad.ops.spp_loss.options import SppLossOptions
+from fastbgad.ops.spp_loss.portable import portable_spp_loss
 from tests import ROOT
 
 
@@ -168,9 +169,8 @@ def test_pooled_equals_the_boundary_of_all_rows(pooled: list[dict], name: str, i
             assert value.dtype == truth.dtype
             assert torch.allclose(value, truth, rtol=0, atol=0, equal_nan=True)
         # The loss of a process: its own rows under the boundary of all.
-        local, _ = portable_spp_loss(
-            *parts[rank], 3, *expected[:2], 1.0, POOLED["normalizer"], "logsigmoid", "mean", False, True
-        )
+        options = SppLossOptions(**POOLED, lam=1.0, ml_form="logsigmoid", reduction="mean", focal=False, push=True)
+        local, _ = portable_spp_loss(*parts[rank], 3, *expected[:2], options)
         for field, value, truth in zip(local._fields, loss, local, strict=True):
             close = {"rtol": 1e-5, "atol": 1e-6} if value.is_floating_point() else {"rtol": 0, "atol": 0}
             assert torch.allclose(value, truth, equal_nan=True, **close), field

@@ -283,7 +283,7 @@ def test_who_serves_a_call() -> None:
         impl: str,
         precision: str = "float32",
     ) -> FlowOutput:
-        return flow_forward(x, flow.weights(), flow.spec, condition, impl=impl, precision=precision)
+        return flow_forward(x, flow.weights(), flow.spec, condition, impl=impl, matmul_precision=precision)
 
     narrow, wide = lively_flow(FlowSpec(8, 16, 2)), ConditionalFlow(FlowSpec(400, 16, 1))
     x, positions = torch.randn(12, 8), PositionalRows(3, 4, channels=16)

@@ -14,7 +14,7 @@ from fastbgad import reference
 from fastbgad.errors import ConfigError, FeatureError
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.model.flow import ConditionalFlow
-from fastbgad.ops import PositionalRows, flow_forward, flow_inverse
+from fastbgad.ops import Geometry, PositionalRows, flow_forward, flow_inverse
 from tests.flows import budget, double, lively_flow, relative_error
 
 DTYPES = [torch.float32, torch.float64]
@@ -279,3 +279,28 @@ def test_torch_compile_changes_nothing() -> None:
         run(x, positions).log_likelihood.sum().backward()
         gradients.append([p.grad.clone() for p in flow.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_former_name_of_the_matmul_precision() -> None:
+    """It warns, at the caller's line, and means the same; the default is what float16 was."""
+    spec = FlowSpec(9, condition_channels=0, coupling_layers=2)
+    flow, x = lively_flow(spec), torch.randn(40, 9, requires_grad=True)
+
+    def lp(**options: str) -> Tensor:
+        return flow_forward(x, flow.weights(), spec, impl="torch", **options).log_likelihood
+
+    for name in ("float16", "float32", "bfloat16"):
+        with pytest.warns(DeprecationWarning, match="now called matmul_precision") as warned:
+            found = lp(precision=name)
+        assert warned[0].filename == __file__
+        assert torch.equal(found, lp(matmul_precision=name))
+    assert torch.equal(lp(), lp(matmul_precision="float16"))
+    with pytest.warns(DeprecationWarning, match="now called matmul_precision"):
+        old = ConditionalFlow(spec, precision="float32")
+    assert old.matmul_precision == "float32"
+    with pytest.warns(DeprecationWarning, match="now called matmul_precision"):
+        assert old.precision == "float32"
+    with pytest.warns(DeprecationWarning, match="now called matmul_precision"):
+        old.precision = "bfloat16"
+    assert old.matmul_precision == "bfloat16"
+    assert Geometry.of(None, "auto") == Geometry.of(None, "float16")

@@ -199,7 +199,7 @@ def test_bfloat16_products_of_a_training_step(rows: int, kind: str) -> None:
     if isinstance(condition, Tensor):
         exact_condition = condition.detach().double().requires_grad_()
         leaves, exact_leaves = [*leaves, condition], [*exact_leaves, exact_condition]
-    out = flow_forward(x, layers, spec, condition, return_z=True, impl="torch", precision="bfloat16")
+    out = flow_forward(x, layers, spec, condition, return_z=True, impl="torch", matmul_precision="bfloat16")
     assert out.log_likelihood.dtype == out.log_det.dtype == torch.float32
     found = torch.autograd.grad(out.log_likelihood.mean(), leaves)
     exact = flow_forward(exact_x, exact_layers, spec, exact_condition, return_z=True, impl="reference")
@@ -215,12 +215,14 @@ def test_bfloat16_products_of_a_training_step(rows: int, kind: str) -> None:
     assert not torch.equal(exactly.log_likelihood, out.log_likelihood)
     # without gradients nothing is rounded
     with torch.no_grad():
-        inferred = flow_forward(x, layers, spec, condition, impl="torch", precision="bfloat16")
+        inferred = flow_forward(x, layers, spec, condition, impl="torch", matmul_precision="bfloat16")
         usual = flow_forward(x, layers, spec, condition, impl="torch")
     assert torch.equal(inferred.log_likelihood, usual.log_likelihood)
 
 
 def test_the_kernels_have_no_bfloat16() -> None:
     flow = lively_flow(SPEC)
-    with pytest.raises(ConfigError, match="use precision float16 or float32"):
-        flow_forward(torch.randn(4, 9), flow.weights(), SPEC, torch.randn(4, 16), impl="triton", precision="bfloat16")
+    with pytest.raises(ConfigError, match='use matmul_precision="float16" or "float32"'):
+        flow_forward(
+            torch.randn(4, 9), flow.weights(), SPEC, torch.randn(4, 16), impl="triton", matmul_precision="bfloat16"
+        )

@@ -125,7 +125,7 @@ def test_a_condition_of_many_channels_goes_through_the_library(device: torch.dev
     spec = FlowSpec(8, 256, 2)
     flow = lively_flow(spec, gain=1.0).to(device)
     x, p = torch.randn(20, 8, device=device), torch.randn(20, 256, device=device)
-    out = flow_forward(x, flow.weights(), spec, p, impl="triton", precision="float32")
+    out = flow_forward(x, flow.weights(), spec, p, impl="triton", matmul_precision="float32")
     z, log_det = reference.flow_forward(x.double(), double(flow.weights()), spec, p.double())
     assert whole_error(out.log_likelihood, reference.log_likelihood(z, log_det)) < LP_TOLERANCE["float32"]
 
@@ -144,7 +144,7 @@ def test_a_pack_of_another_geometry_is_refused(device: torch.device) -> None:
         ({"rows": torch.zeros(4, 1, dtype=torch.int64)}, "rows must be int32 or int64"),
         ({"condition": PositionalRows(1, 4, torch.zeros(4).long()), "rows": torch.zeros(2).int()}, "whole maps"),
         ({"rows": torch.tensor([0, 4])}, r"rows must lie in \[0, 4\)"),
-        ({"precision": "tf32"}, "precision is 'tf32'"),
+        ({"matmul_precision": "tf32"}, "matmul_precision is 'tf32'"),
     ],
 )  # fmt: skip
 def test_bad_input(change: dict, message: str) -> None:

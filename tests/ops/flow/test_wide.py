@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbgad.flow_spec import CouplingWeights
-from fastbgad.ops import PositionalRows, Precision
+from fastbgad.ops import MatmulPrecision, PositionalRows
 from fastbgad.ops.flow import wide as flow_wide
 from tests.flows import whole_error
 from tests.wide_flows import BUDGET, PRECISIONS, Case, interpreter_tiles
@@ -37,7 +37,7 @@ def _many_columns(device: torch.device, tmp_path: Path, _tiles: None) -> Iterato
     yield from interpreter_tiles(device, tmp_path, columns=256)
 
 
-def check(case: Case, precision: Precision, budget: Mapping[str, float], **options: Any) -> None:
+def check(case: Case, precision: MatmulPrecision, budget: Mapping[str, float], **options: Any) -> None:
     """lp, log_det, z and every gradient from all three of them."""
     got = case.run(precision, **options)
     exact, inputs = case.exact(precision)
@@ -64,7 +64,9 @@ def require_close(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["none", "dense", "gathered", "raster"])
 @pytest.mark.parametrize(("rows", "channels"), [(1, 6), (63, 41)])
-def test_forward_and_gradients(device: torch.device, precision: Precision, kind: str, rows: int, channels: int) -> None:
+def test_forward_and_gradients(
+    device: torch.device, precision: MatmulPrecision, kind: str, rows: int, channels: int
+) -> None:
     budget = dict(BUDGET[precision])
     if channels == 6 and precision == "float16":
         budget["lp"] = 5e-4  # one row of six channels: no roundings that could cancel
@@ -74,7 +76,7 @@ def test_forward_and_gradients(device: torch.device, precision: Precision, kind:
 @pytest.mark.equivalence
 @pytest.mark.usefixtures("_many_columns")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_wide(device: torch.device, precision: Precision) -> None:
+def test_wide(device: torch.device, precision: MatmulPrecision) -> None:
     """As many channels as this path is for."""
     check(Case(device, 257, 300, "gathered", coupling_layers=2), precision, BUDGET[precision])
 
@@ -90,7 +92,7 @@ def test_wide(device: torch.device, precision: Precision) -> None:
         ("scaled_tanh", "EXP", False, "float32"),
     ],
 )
-def test_variants(device: torch.device, form: str, affine: str, hard: bool, precision: Precision) -> None:
+def test_variants(device: torch.device, form: str, affine: str, hard: bool, precision: MatmulPrecision) -> None:
     """Of the flow, of the chunks of rows, and in tiles narrower than the rows."""
     options = {"clamp": 1.3, "clamp_form": form, "global_affine": affine, "hard_permutation": hard}
     case = Case(device, 20, 41, "dense", coupling_layers=2, **options)
@@ -100,7 +102,7 @@ def test_variants(device: torch.device, form: str, affine: str, hard: bool, prec
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("hard", [False, True])
-def test_without_z(device: torch.device, precision: Precision, hard: bool) -> None:
+def test_without_z(device: torch.device, precision: MatmulPrecision, hard: bool) -> None:
     """lp alone needs no last permutation, forward or back; one layer has no permutation at all."""
     for layers in (1, 2):
         case = Case(device, 20, 41, "gathered", coupling_layers=layers, hard_permutation=hard)
@@ -130,7 +132,7 @@ def test_chunks(device: torch.device, kind: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_gradients_of_single_outputs(device: torch.device, precision: Precision) -> None:
+def test_gradients_of_single_outputs(device: torch.device, precision: MatmulPrecision) -> None:
     """Outputs that take no part in the loss have no gradient to pass on."""
     case = Case(device, 20, 9, coupling_layers=2)
     exact, inputs = case.exact(precision)
@@ -182,7 +184,7 @@ def test_no_gradient_or_no_rows(device: torch.device, rows: int) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_same_bits_twice(device: torch.device, precision: Precision) -> None:
+def test_same_bits_twice(device: torch.device, precision: MatmulPrecision) -> None:
     case = Case(device, 63, 9, "gathered", coupling_layers=2)
     runs = []
     for _ in range(2):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastbgad.flow_spec import CouplingWeights
-from fastbgad.ops import PositionalRows, Precision
+from fastbgad.ops import MatmulPrecision, PositionalRows
 from tests.flows import whole_error
 from tests.wide_flows import PRECISIONS, Case, interpreter_tiles
 
@@ -23,7 +23,7 @@ def _tiles(device: torch.device, tmp_path: Path, poisoned: None) -> Iterator[Non
     yield from interpreter_tiles(device, tmp_path)
 
 
-def check(case: Case, precision: Precision, bad: Tensor, spoil: Callable[[], None]) -> None:
+def check(case: Case, precision: MatmulPrecision, bad: Tensor, spoil: Callable[[], None]) -> None:
     """After `spoil` the rows `bad` [N] are lost: NaN, and for the gradients as if they had not been there.
 
     The other rows keep their bits.
@@ -52,7 +52,7 @@ def check(case: Case, precision: Precision, bad: Tensor, spoil: Callable[[], Non
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["gathered", "dense"])
-def test_unusable_rows(device: torch.device, precision: Precision, kind: str) -> None:
+def test_unusable_rows(device: torch.device, precision: MatmulPrecision, kind: str) -> None:
     """Features, conditions and places."""
     case = Case(device, 30, 41, kind, coupling_layers=3)
     bad = torch.zeros(30, dtype=torch.bool, device=device)

@@ -73,7 +73,7 @@ def test_places_whose_products_pass_32_bits(device: torch.device) -> None:
     from fastbgad.kernels.score_map import score_map as launch
 
     lp = torch.randn(1, 1, 60_001, device=device)
-    wide_tiles = {"BH": 1, "BW": 8192, "num_warps": 8}
+    wide_tiles = {"TH": 1, "TW": 8192, "num_warps": 8}
     zero = torch.zeros(1, device=device)
     for width in (60_001, 120_001):
         anomaly_map, _ = launch([lp], (1, width), zero, zero, wide_tiles)
@@ -159,6 +159,6 @@ def test_compile_and_export(device: torch.device) -> None:
 
 def test_a_traced_graph_runs_without_the_kernel(monkeypatch) -> None:
     """On a CPU without the interpreter, as where a graph exported on a GPU is loaded."""
-    monkeypatch.setattr("fastbgad.ops.score_map.registered.interpreting", lambda: False)
+    monkeypatch.setattr("fastbgad.ops.registration.interpreting", lambda: False)
     levels, level_max = make_levels(2, torch.device("cpu"), torch.float16), torch.tensor(CONSTANTS)
     check(ScoreMap(*score_map_op(levels, 9, 7, level_max, torch.zeros(()))), levels, (9, 7), level_max, 0.0)

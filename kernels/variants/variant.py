@@ -1,4 +1,4 @@
-"""What each kernel module says about itself to `fastbgad.kernels.resources` and `fastbgad.kernels.tune`."""
+"""Descriptions of kernels for `fastbgad.kernels.resources` and `fastbgad.kernels.tune`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-# Every kernel module; each has `variants()`, and `tuning_cases()` where tile sizes are a choice.
-MODULES = ("log_likelihood", "boundary", "spp_loss", "score_map", "flow.variants", "coupling.variants")
 
 
 class Variant(NamedTuple):
@@ -35,14 +32,14 @@ class Variant(NamedTuple):
 
 
 class TuningCase(NamedTuple):
-    """One entry of the tile sizes, and how to find out which are best for it.
+    """One entry of the tile sizes, and how to find the best ones for it.
 
     Attributes:
-        kernel, key: what `tiles(kernel, key, device)` is asked for.
+        kernel, key: the arguments of `tiles(kernel, key, device)`.
         candidates: tile sizes to try; the default of this entry is always tried as well.
         prepare: makes a problem on a device and returns `run(tiles) -> outputs`, which solves it with given tile sizes
             without waiting for the device.
-        tolerance: by how much an output may differ from that of the default tiles, relative to its largest magnitude.
+        tolerance: largest difference of an output from that of the default tiles, relative to its largest magnitude.
     """
 
     kernel: str
@@ -50,11 +47,3 @@ class TuningCase(NamedTuple):
     candidates: Sequence[Mapping[str, int]]
     prepare: Callable[[torch.device], Callable[[Mapping[str, int]], Sequence[Tensor]]]
     tolerance: float = 1e-4
-
-
-def reason(error: BaseException) -> str:
-    """One line on why a kernel could not be compiled or launched: the end of its innermost cause's message."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Repro command")]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -9,13 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
+from ..flow.backward import flow_backward, flow_backward_kernel, flow_weight_gradient_kernel
+from ..flow.forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, tile_key
+from ..flow.pack import BLOCK, PARTIAL_ROWS, flow_pack_kernel, flow_unpack_kernel
+from ..flow.shared import DENSE, RASTER, TABLES
+from ..flow.weights import HIDDEN_MULTIPLE, FlowWeights, most_channels_with_gradients, pack, saved_stride, tile_channels
 from ..tile_sizes import default_tiles
-from ..variant import TuningCase, Variant
-from .backward import flow_backward, flow_backward_kernel, flow_weight_gradient_kernel
-from .forward import ForwardResult, Rows, flow_forward, flow_forward_kernel, raster_tile, tile_key
-from .pack import BLOCK, PARTIAL_ROWS, flow_pack_kernel, flow_unpack_kernel
-from .shared import DENSE, RASTER, TABLES
-from .weights import HIDDEN_MULTIPLE, FlowWeights, most_channels_with_gradients, pack, saved_stride, tile_channels
+from .variant import TuningCase, Variant
 
 # Channels of a level, and patches a side at 1024 pixels: a small backbone's first, then tf_efficientnet_b6's three.
 LEVELS = ((24, 256), (40, 256), (72, 128), (200, 64))

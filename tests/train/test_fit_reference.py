@@ -1,4 +1,4 @@
-"""The training engine against a loop that anyone can follow: one optimiser, no store, nothing ahead, float64."""
+"""The training engine against a loop that anyone can follow: one optimizer, no store, nothing ahead, float64."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain_loop(model: BGAD, split: Split, config: TrainConfig) -> None:
     for number in range(schedule.meta_epochs * schedule.sub_epochs):
         meta_epoch, sub_epoch = divmod(number, schedule.sub_epochs)
         normals = [load_sample(sample, model.image_size) for sample in split.normals]
-        # numbered as the run numbers them: normals, known anomalies, synthesised ones
+        # numbered as the run numbers them: normals, known anomalies, synthesized ones
         files = [*normals, *(load_sample(sample, model.image_size) for sample in known)]
         generation = number // config.anomalies.refresh
         synthetic = [i for i in range(len(plan)) if plan.is_synthetic(i)]
