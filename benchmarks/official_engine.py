@@ -1,4 +1,4 @@
-"""The official BGAD's engine re-stated, from image files to metrics, and the same run by `fastbgad.fit`.
+"""The official BGAD's engine restated, from image files to metrics, and the same run by `fastbgad.fit`.
 
 Every sub-epoch reads each image from its file again, synthesises the anomalies anew, and runs the encoder; each chunk
 of 4096 rows goes through FrEIA's flow with the encoding of every row, then through the losses of
@@ -36,7 +36,7 @@ from tests.official_loop import LAMBDA, loss_terms, patch_rows, plain
 
 @dataclass
 class EngineResult:
-    """What a run took, in seconds, and found.
+    """Seconds and results of a run.
 
     Attributes:
         training: seconds of training, features included.

@@ -6,6 +6,7 @@ weights, too. `short_preset` is for real photographs on a CPU, `demo_preset` for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -204,7 +205,7 @@ def short_preset(method: Method = "bgad", seed: int = 0) -> TrainConfig:
     return replace(demo, schedule=replace(demo.schedule, meta_epochs=12))
 
 
-PRESETS = {
+PRESETS: dict[str, Callable[..., TrainConfig]] = {
     "official": lambda method="bgad", seed=0: TrainConfig(method=method, seed=seed, score=ScoreConfig("equal")),
     "short": short_preset,
     "demo": demo_preset,

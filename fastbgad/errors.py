@@ -34,7 +34,7 @@ class DatasetProblemsError(DataError):
     shown = 20
 
     def __init__(self, root: object, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems: tuple[str, ...] = tuple(problems)
         head = f"{count(len(self.problems), 'problem')} in the dataset {root}"
         super().__init__(f"{head}:\n{bullets(self.problems, self.shown)}")
 

@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class Outcome:
-    """What became of the runs."""
+    """Outcome of the runs."""
 
     done: list[Result] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)

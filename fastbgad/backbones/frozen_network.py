@@ -56,10 +56,15 @@ class PackedConvolution(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, relu: bool, input_size: list[int]) -> None:
         super().__init__()
-        self.geometry = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+        self.geometry: tuple[str | tuple[int, ...], tuple[int, ...], tuple[int, ...], int] = (
+            convolution.padding,
+            convolution.stride,
+            convolution.dilation,
+            convolution.groups,
+        )
         weight = convolution.weight.detach().to(memory_format=torch.channels_last)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, input_size)
-        self.bias = None if convolution.bias is None else convolution.bias.detach()
+        self.weight: Any = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, input_size)
+        self.bias: Tensor | None = None if convolution.bias is None else convolution.bias.detach()
         self.activation = "relu" if relu else "none"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,14 +79,14 @@ class GaborBackbone(Backbone):
             BackboneError: other levels.
         """
         super().__init__()
-        self.levels = tuple(int(level) for level in levels)
+        self.levels: tuple[int, ...] = tuple(int(level) for level in levels)
         if not self.levels or list(self.levels) != sorted(set(self.levels) & set(_LEVELS)):
             raise BackboneError(
                 f"the gabor backbone has no levels {list(self.levels)}; name some of 1 (stride 4), 2 (stride 8) and "
                 "3 (stride 16), in increasing order"
             )
-        self.channels = (_CHANNELS,) * len(self.levels)
-        self.strides = tuple(2 ** (level + 1) for level in self.levels)
+        self.channels: tuple[int, ...] = (_CHANNELS,) * len(self.levels)
+        self.strides: tuple[int, ...] = tuple(2 ** (level + 1) for level in self.levels)
         self.register_buffer("first_order", gabor_bank(_ORIENTATIONS, wavelength=4, sigma=1.8, aspect=0.8, size=7))
         self.register_buffer(
             "second_order", gabor_bank(_SECOND_ORIENTATIONS, wavelength=4, sigma=1.8, aspect=1, size=7)

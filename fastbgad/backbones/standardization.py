@@ -38,7 +38,7 @@ class RunningMoments:
     def __init__(
         self, channels: Sequence[int], device: torch.device | str = "cpu", *, covariance: bool = False
     ) -> None:
-        self.count = [0] * len(channels)
+        self.count: list[int] = [0] * len(channels)
         self._covariance = covariance
         self._mean = [torch.zeros(c, dtype=torch.float64, device=device) for c in channels]
         shapes = [(c, c) if covariance else (c,) for c in channels]
@@ -87,14 +87,14 @@ class Standardization(nn.Module):
 
     def __init__(self, channels: Sequence[int], kind: Standardize = "channel") -> None:
         super().__init__()
-        self.channels = tuple(channels)
+        self.channels: tuple[int, ...] = tuple(channels)
         self.kind: Standardize = kind
         for level, count in enumerate(self.channels):
             self.register_buffer(f"mean_{level}", torch.zeros(count))
             self.register_buffer(f"scale_{level}", torch.eye(count) if kind == "whiten" else torch.ones(count))
         self.register_buffer("rows_seen", torch.zeros(len(self.channels), dtype=torch.int64))
         # Not read from the buffer: reading from a GPU at each forward would stall it.
-        self.fitted = False
+        self.fitted: bool = False
         self.register_load_state_dict_post_hook(_note_statistics)
 
     def statistics(self, level: int) -> tuple[Tensor, Tensor]:

@@ -58,9 +58,10 @@ class TimmBackbone(Backbone):
         self.neighborhood: int = options.patches_a_side
         info = _build(self.name, options.seed).feature_info
         _check_levels(self.name, self.levels, info)
-        self.channels = tuple(info.channels(list(self.levels)))
-        self.strides = tuple(info.reduction(list(self.levels)))
+        self.channels: tuple[int, ...] = tuple(info.channels(list(self.levels)))
+        self.strides: tuple[int, ...] = tuple(info.reduction(list(self.levels)))
 
+        self.weights_source: str
         self.weights_source, overlay = resolve_weights(self.name, options.weights)
         net = _build(self.name, options.seed, out_indices=self.levels, overlay=overlay)
         _truncate(net, self.levels)
@@ -82,7 +83,7 @@ class TimmBackbone(Backbone):
             self.register_buffer(buffer, tensor, persistent=False)
         self.net = net.to(_DTYPES[options.dtype]).to(memory_format=torch.channels_last)
         if options.standardize != "none":
-            self.standardization = Standardization(self.channels, options.standardize)
+            self.standardization: Standardization = Standardization(self.channels, options.standardize)
         self._freeze()
         if options.compile:
             # In place: a wrapping module would rename every tensor of the state dict.

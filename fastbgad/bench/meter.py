@@ -109,7 +109,7 @@ class ThroughputMeter:
         self.device = device
         self.impl: Impl = impl
         self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
-        self.flow = FlowConfig()
+        self.flow: FlowConfig = FlowConfig()
         self.ceilings: Ceilings | None = measure_ceilings(device) if device.type == "cuda" else None
 
     def row(

@@ -39,7 +39,10 @@ class Work:
     def __init__(
         self, model: BGAD, pool: ThreadPoolExecutor, samples: Sequence[Sample], masks: Tensor | None = None
     ) -> None:
-        self.model, self.pool, self.samples, self.masks = model, pool, samples, masks
+        self.model: BGAD = model
+        self.pool: ThreadPoolExecutor = pool
+        self.samples: Sequence[Sample] = samples
+        self.masks: Tensor | None = masks
         self.numbers: list[int] = []
         self.levels: list[Tensor] = []
         self.stages: dict[str, Callable[[], object]] = {DECODE: self._decode}

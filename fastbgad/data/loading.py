@@ -68,8 +68,8 @@ class SampleImages(Dataset[LoadedSample]):
     """`load_sample` over a list of samples, for `torch.utils.data.DataLoader`."""
 
     def __init__(self, samples: Sequence[Sample], size: int | Sequence[int]) -> None:
-        self.samples = tuple(samples)
-        self.size = parse_size(size)
+        self.samples: tuple[Sample, ...] = tuple(samples)
+        self.size: tuple[int, int] = parse_size(size)
 
     def __len__(self) -> int:
         return len(self.samples)

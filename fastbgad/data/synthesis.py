@@ -82,10 +82,10 @@ class AugmentedAnomalies:
             raise DataError("anomalies cannot be pasted because there are no normal images; set cut_paste to 0")
         if seed < 0:
             raise ConfigError(f"seed is {seed}; give a number of at least 0")
-        self.known = tuple(known)
-        self.normals = tuple(normals)
+        self.known: tuple[Sample, ...] = tuple(known)
+        self.normals: tuple[Sample, ...] = tuple(normals)
         self.recipe = recipe
-        self.size = parse_size(size)
+        self.size: tuple[int, int] = parse_size(size)
         self.seed = seed
         self._per_anomaly = recipe.repeat + recipe.cut_paste
         self._decoded = decoded or DecodedImages(self.size)

@@ -66,12 +66,15 @@ class ImageFeatures:
         reading = reading or ImageReading()
         self.backbone = backbone
         self.image_size = image_size
-        self.batch_size, self.workers, self.on_images = reading.batch_size, reading.workers, reading.on_images
-        self.decoded = reading.decoded or DecodedImages(image_size)
+        self.batch_size: int = reading.batch_size
+        self.workers: int = reading.workers
+        self.on_images: OnImages | None = reading.on_images
+        self.store: FeatureStore
+        self.decoded: DecodedImages = reading.decoded or DecodedImages(image_size)
         self._slots = {sample: slot for slot, sample in enumerate(dict.fromkeys(samples))}
         self._stored: set[Sample] = set()
         self._store_options = store or StoreOptions()
-        self.device = torch.device(self._store_options.device)
+        self.device: torch.device = torch.device(self._store_options.device)
         self.store = self._new_store(spare)
         if backbone.needs_fit:
             self._learn_statistics(normals)

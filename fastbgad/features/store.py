@@ -66,21 +66,21 @@ class FeatureStore:
         options: StoreOptions | None = None,
     ) -> None:
         options = options or StoreOptions()
-        self.device = torch.device(options.device)
+        self.device: torch.device = torch.device(options.device)
         self.slots = slots
         self.cell_labels: CellLabels = options.cell_labels
         self.dtype: torch.dtype = options.dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
-        self.shapes = backbone_shapes(backbone, image_size, self.device)
+        self.shapes: list[tuple[int, int, int]] = backbone_shapes(backbone, image_size, self.device)
         sizes = [slots * height * width * channels for channels, height, width in self.shapes]
-        self.bytes = sum(sizes) * self.dtype.itemsize
+        self.bytes: int = sum(sizes) * self.dtype.itemsize
         self.placement = _choose_placement(options.placement, self.bytes, self.device)
         self._file: Path | None = None
         flat = self._allocate(sum(sizes), options.folder)
-        self.levels = [
+        self.levels: list[Tensor] = [
             part.view(slots, height * width, channels)
             for part, (channels, height, width) in zip(flat.split(sizes), self.shapes, strict=True)
         ]
-        self.masks = [
+        self.masks: list[Tensor] = [
             torch.zeros(slots, height * width, dtype=torch.bool, device=self.home) for _, height, width in self.shapes
         ]
 

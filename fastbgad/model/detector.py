@@ -66,11 +66,11 @@ class BGAD(nn.Module):
         super().__init__()
         matmul_precision = renamed_precision(matmul_precision, precision)
         self.backbone = backbone
-        self.image_size = (int(image_size[0]), int(image_size[1]))
-        self.flow_config = flow or FlowConfig()
+        self.image_size: tuple[int, int] = (int(image_size[0]), int(image_size[1]))
+        self.flow_config: FlowConfig = flow or FlowConfig()
         self.normalizer = normalizer
         self.impl: Impl = impl
-        self.flows = nn.ModuleList(
+        self.flows: nn.ModuleList = nn.ModuleList(
             ConditionalFlow(
                 self.flow_config.spec(channels),
                 seed=None if seed is None else 1000 * seed + level,

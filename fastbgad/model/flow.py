@@ -28,14 +28,14 @@ class CouplingLayer(nn.Module):
         channels = spec.channels
         # The parameter whose activation is 1, as FrEIA starts with global_affine_init = 1.
         start = {"SOFTPLUS": 2 * math.log(math.expm1(5)), "SIGMOID": 2 - math.log(9), "EXP": 0.0}[spec.global_affine]
-        self.global_scale = nn.Parameter(torch.full((1, channels), start))
-        self.global_offset = nn.Parameter(torch.zeros(1, channels))
+        self.global_scale: nn.Parameter = nn.Parameter(torch.full((1, channels), start))
+        self.global_offset: nn.Parameter = nn.Parameter(torch.zeros(1, channels))
         draw = _random_permutation if spec.hard_permutation else _random_rotation
         # Contiguous: a QR decomposition leaves its columns side by side, and the kernels read rows.
         w_perm = torch.eye(channels) if generator is None else draw(channels, generator).float().contiguous()
         self.w_perm = nn.Parameter(w_perm, requires_grad=False)
-        self.w_perm_inv = nn.Parameter(w_perm.T.contiguous(), requires_grad=False)
-        self.subnet = nn.Sequential(
+        self.w_perm_inv: nn.Parameter = nn.Parameter(w_perm.T.contiguous(), requires_grad=False)
+        self.subnet: nn.Sequential = nn.Sequential(
             _linear(spec.passive_channels + spec.condition_channels, spec.hidden_channels, generator),
             nn.ReLU(),
             _linear(spec.hidden_channels, 2 * spec.active_channels, generator),
@@ -75,7 +75,9 @@ class ConditionalFlow(nn.Module):
         self.impl: Impl = impl
         self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
         self._kept: KeptWeights | None = None
-        self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
+        self.module_list: nn.ModuleList = nn.ModuleList(
+            CouplingLayer(spec, generator) for _ in range(spec.coupling_layers)
+        )
 
     @property
     def precision(self) -> MatmulPrecision:

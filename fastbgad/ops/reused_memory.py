@@ -28,7 +28,7 @@ class Block:
         reused = like.device.type == "cpu" and type(like) is Tensor and not torch.compiler.is_compiling()
         kept = _take(numel, dtype) if reused else None
         with torch.inference_mode(False):  # what is used again must be writable outside of inference mode too
-            self.tensor = like.new_empty(numel, dtype=dtype) if kept is None else kept
+            self.tensor: Tensor = like.new_empty(numel, dtype=dtype) if kept is None else kept
         if reused:
             weakref.finalize(self, _give_back, self.tensor).atexit = False
 

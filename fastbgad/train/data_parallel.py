@@ -70,8 +70,9 @@ class DataParallel:
     def __init__(self, group: ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError("data-parallel training needs a process group: call torch.distributed.init_process_group")
-        self.group = group if group is not None else dist.group.WORLD
-        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.group: dist.ProcessGroup | None = group if group is not None else dist.group.WORLD
+        self.rank: int = dist.get_rank(self.group)
+        self.world: int = dist.get_world_size(self.group)
         if self.rank < 0:
             raise ConfigError("this process is not a member of the group that trains")
 

@@ -138,22 +138,25 @@ class TrainingRun:
     """A run: a trainer per level, the items and their features, and the progress point."""
 
     def __init__(self, model: BGAD, split: Split, config: TrainConfig, options: RunOptions) -> None:
-        self.started = time.perf_counter()
-        self.model, self.split, self.config, self.options = model, split, config, options
-        self.parallel = options.parallel
-        self.device = model.device
-        self.is_first = self.parallel is None or self.parallel.rank == 0
-        self.passes = config.schedule.meta_epochs * config.schedule.sub_epochs
-        self.point = ProgressPoint()
-        self.last_read = (-math.inf, Record())
+        self.started: float = time.perf_counter()
+        self.model: BGAD = model
+        self.split: Split = split
+        self.config: TrainConfig = config
+        self.options: RunOptions = options
+        self.parallel: DataParallel | None = options.parallel
+        self.device: torch.device = model.device
+        self.is_first: bool = self.parallel is None or self.parallel.rank == 0
+        self.passes: int = config.schedule.meta_epochs * config.schedule.sub_epochs
+        self.point: ProgressPoint = ProgressPoint()
+        self.last_read: tuple[float, Record] = (-math.inf, Record())
         self.known_beyond: dict[str, int] = {}
         shared = options.features
         decoded = shared.decoded if shared is not None else DecodedImages(model.image_size)
-        self.items = RunItems(split, config, model.image_size, decoded, self.parallel)
+        self.items: RunItems = RunItems(split, config, model.image_size, decoded, self.parallel)
         spare = SLOT_SETS * len(self.items.own_synthetic)
-        self.features = shared if shared is not None else self._own_features(decoded, spare)
+        self.features: ImageFeatures = shared if shared is not None else self._own_features(decoded, spare)
         self.features.check(model.backbone, model.image_size, config.anomalies.cell_labels, spare)
-        self.synthesis = SynthesisAhead(
+        self.synthesis: SynthesisAhead = SynthesisAhead(
             self.items.anomalies,
             self.items.own_synthetic,
             self.features,
@@ -161,7 +164,7 @@ class TrainingRun:
             options.workers,
         )
         self.items.set_file_slots(self.features.slots(self.items.own_files))
-        self.levels = [
+        self.levels: list[LevelTrainer] = [
             LevelTrainer(level, model.flow(level), self.features.store, config, self.parallel)
             for level in range(len(model.flows))
         ]

@@ -43,20 +43,22 @@ class RunItems:
     ) -> None:
         known = split.known_anomalies if config.uses_anomalies else ()
         recipe = AnomalySynthesis(repeat=config.anomalies.repeat, cut_paste=config.anomalies.cut_paste)
-        self.anomalies = AugmentedAnomalies(known, split.normals, recipe, image_size, config.seed, decoded)
+        self.anomalies: AugmentedAnomalies = AugmentedAnomalies(
+            known, split.normals, recipe, image_size, config.seed, decoded
+        )
         self.files: list[Sample] = [*split.normals, *known]
-        self.normal_count = len(split.normals)
+        self.normal_count: int = len(split.normals)
         synthetic = [index for index in range(len(self.anomalies)) if self.anomalies.is_synthetic(index)]
-        self.first_phase = torch.arange(self.normal_count)
-        self.second_phase = torch.cat([self.first_phase, self._anomalous_items(known, synthetic)])
+        self.first_phase: Tensor = torch.arange(self.normal_count)
+        self.second_phase: Tensor = torch.cat([self.first_phase, self._anomalous_items(known, synthetic)])
 
         numbers = range(len(self.files) + len(synthetic))
         held = parallel.owned(numbers) if parallel is not None else list(numbers)
         self._own_file_items = [item for item in held if item < len(self.files)]
         self._own_synthetic_items = [item for item in held if item >= len(self.files)]
-        self.own_files = [self.files[item] for item in self._own_file_items]
-        self.own_synthetic = [synthetic[item - len(self.files)] for item in self._own_synthetic_items]
-        self.slots = torch.full((len(numbers),), -1)
+        self.own_files: list[Sample] = [self.files[item] for item in self._own_file_items]
+        self.own_synthetic: list[int] = [synthetic[item - len(self.files)] for item in self._own_synthetic_items]
+        self.slots: Tensor = torch.full((len(numbers),), -1)
 
     def set_file_slots(self, slots: Sequence[int]) -> None:
         """Store the slots of `own_files`."""

@@ -42,16 +42,23 @@ class LevelTrainer:
         config: TrainConfig,
         parallel: DataParallel | None = None,
     ) -> None:
-        self.level, self.flow, self.store, self.config, self.parallel = level, flow, store, config, parallel
+        self.level: int = level
+        self.flow: ConditionalFlow = flow
+        self.store: FeatureStore = store
+        self.config: TrainConfig = config
+        self.parallel: DataParallel | None = parallel
+        self.channels: int
+        self.height: int
+        self.width: int
         self.channels, self.height, self.width = store.shapes[level]
-        self.device = store.device
+        self.device: torch.device = store.device
         on_gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.parameters = [p for p in flow.parameters() if p.requires_grad]
+        self.stream: torch.cuda.Stream | None = torch.cuda.Stream(self.device) if on_gpu else None
+        self.parameters: list[nn.Parameter] = [p for p in flow.parameters() if p.requires_grad]
         # A captured step reads its learning rate from the device.
-        self.lr = torch.tensor(config.schedule.lr, device=self.device) if on_gpu else config.schedule.lr
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True, capturable=on_gpu)
-        self.sums = torch.zeros(COLUMNS, dtype=torch.float64, device=self.device)
+        self.lr: Tensor | float = torch.tensor(config.schedule.lr, device=self.device) if on_gpu else config.schedule.lr
+        self.optimizer: torch.optim.Adam = torch.optim.Adam(self.parameters, lr=self.lr, fused=True, capturable=on_gpu)
+        self.sums: Tensor = torch.zeros(COLUMNS, dtype=torch.float64, device=self.device)
         self.module: nn.Module = flow
         if parallel is not None:
             # DistributedDataParallel makes nodes that accumulate and exchange gradients, and they keep the stream that
@@ -62,7 +69,7 @@ class LevelTrainer:
             self.end()
         # A step in which processes exchange gradients is not captured.
         captured = on_gpu and parallel is None and store.patches(level) is not None
-        self.steps = CapturedSteps(self._step) if captured else None
+        self.steps: CapturedSteps | None = CapturedSteps(self._step) if captured else None
 
     @property
     def area(self) -> int:

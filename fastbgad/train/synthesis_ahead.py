@@ -40,7 +40,10 @@ class SynthesisAhead:
         generations: int,
         workers: int,
     ) -> None:
-        self.anomalies, self.indices, self.features, self.generations = anomalies, indices, features, generations
+        self.anomalies: AugmentedAnomalies = anomalies
+        self.indices: Sequence[int] = indices
+        self.features: ImageFeatures = features
+        self.generations: int = generations
         self._makers = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="fastbgad-synthesis")
         self._extractor = ThreadPoolExecutor(1, thread_name_prefix="fastbgad-extraction")
         self._in_background = features.device.type == "cuda"

@@ -67,9 +67,6 @@ def onnx_file(gabor: BGAD, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# ----------------------------------------------------------- the formats
-
-
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_onnx_runtime(gabor: BGAD, onnx_file: Path, batch: int) -> None:
     import onnxruntime
@@ -147,9 +144,6 @@ def test_a_narrow_backbone_is_exported_in_float32(tmp_path: Path) -> None:
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
 
-# ----------------------------------------------------------- the command
-
-
 def test_the_command(tiny: BGAD, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiny.save(tmp_path / "model.safetensors")
     out = tmp_path / "new" / "detector.pt2"
@@ -206,9 +200,6 @@ def test_the_example_scores_image_files(gabor: BGAD, onnx_file: Path, tmp_path: 
     usage = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert usage.returncode == 1
     assert "usage" in usage.stderr
-
-
-# ------------------------------------------------- what is refused, and how
 
 
 @pytest.fixture

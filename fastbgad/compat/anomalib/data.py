@@ -58,6 +58,9 @@ class KnownAnomalies(AnomalibDataModule):
     """
 
     known: AnomalibDataset
+    train_data: AnomalibDataset
+    val_data: AnomalibDataset
+    test_data: AnomalibDataset
 
     def __init__(
         self, data: AnomalibDataModule, num_anomalies: int = 10, per_type: bool = False, seed: int = 0, repeat: int = 5
@@ -116,15 +119,15 @@ class KnownAnomalies(AnomalibDataModule):
         self.data._setup(_stage)
         self.train_data, test_data = self.data.train_data, self.data.test_data
         if hasattr(self.data, "val_data"):
-            self.val_data = self.data.val_data
+            self.val_data: AnomalibDataset = self.data.val_data
         moved = self._draw(test_data)
         self.known = test_data.subsample(moved)
-        self.test_data = test_data.subsample(sorted(set(range(len(test_data))) - set(moved)))
+        self.test_data: AnomalibDataset = test_data.subsample(sorted(set(range(len(test_data))) - set(moved)))
 
     def _create_val_split(self) -> None:
         super()._create_val_split()
         for _ in range(self.repeat if len(self.known) else 0):
-            self.train_data = self.train_data + self.known
+            self.train_data: AnomalibDataset = self.train_data + self.known
 
     def _draw(self, dataset: AnomalibDataset) -> list[int]:
         """Return the indices of the images to move, in increasing order."""

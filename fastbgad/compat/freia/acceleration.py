@@ -127,7 +127,7 @@ class AcceleratedState:
         self.name = name
         self.impl = impl
         self.matmul_precision = matmul_precision
-        self.kept = KeptWeights()
+        self.kept: KeptWeights = KeptWeights()
         self._matrices = DeviceCache[Tensor]()
         self._replaced: list[tuple[nn.Module, str, Any]] = []
         self._warned = False
@@ -144,7 +144,7 @@ class AcceleratedState:
             UnsupportedFlowError: see `accelerate`.
         """
         self.spec, self.condition = read_flow(flow, self.name, forward)
-        self.signature = signature(flow)
+        self.signature: tuple[Any, ...] = signature(flow)
 
     def weights(self, flow: nn.Module) -> list[CouplingWeights]:
         """Return the tensors of every block, permutations as matrices."""

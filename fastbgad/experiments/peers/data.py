@@ -20,7 +20,7 @@ try:
     from anomalib.data import ImageBatch
     from lightning.pytorch import LightningDataModule
 except ModuleNotFoundError as error:
-    package = (error.name or "anomalib").partition(".")[0]
+    package: str = (error.name or "anomalib").partition(".")[0]
     raise MissingDependencyError(package, "peers", "a method of another author") from error
 
 Statistics: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -43,7 +43,7 @@ class SplitData(LightningDataModule):
         workers: threads that decode images.
     """
 
-    name = "split"
+    name: str = "split"
     category = ""  # anomalib's Engine names its folder after both
 
     def __init__(

@@ -44,7 +44,7 @@ try:
         from lightning.pytorch.plugins.environments import LightningEnvironment
         from lightning.pytorch.strategies import SingleDeviceStrategy
 except ModuleNotFoundError as error:
-    package = (error.name or "anomalib").partition(".")[0]
+    package: str = (error.name or "anomalib").partition(".")[0]
     raise MissingDependencyError(package, "peers", "a method of another author") from error
 
 # Features that PaDiM keeps of a network that its authors do not use: as of ResNet-18, the smallest that they do.

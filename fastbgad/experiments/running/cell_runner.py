@@ -71,8 +71,13 @@ class CellRunner:
         pictures: Path | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.setup, self.category, self.dataset = setup, category, dataset
-        self.device, self.workers, self.pictures, self.on_progress = device, workers, pictures, on_progress
+        self.setup: Setup = setup
+        self.category: Category = category
+        self.dataset = dataset
+        self.device: torch.device = device
+        self.workers: int = workers
+        self.pictures: Path | None = pictures
+        self.on_progress: Callable[[Progress], None] | None = on_progress
         self._features: ImageFeatures | None = None
 
     def run(self, cells: Sequence[Cell]) -> list[CellResult]:

@@ -40,7 +40,10 @@ class Claim:
     """A job that this process holds until `release`. As a context manager it is released at the end of the block."""
 
     def __init__(self, path: Path, key: str, number: int, heartbeat: float) -> None:
-        self.key, self._path, self._number, self._heartbeat = key, path, number, heartbeat
+        self.key: str = key
+        self._path = path
+        self._number = number
+        self._heartbeat = heartbeat
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"claim {key}", daemon=True)
         self._thread.start()
@@ -85,7 +88,9 @@ class Claims:
     """
 
     def __init__(self, folder: Path, heartbeat: float = HEARTBEAT, limit: float = LIMIT) -> None:
-        self.folder, self.heartbeat, self.limit = folder, heartbeat, limit
+        self.folder: Path = folder
+        self.heartbeat: float = heartbeat
+        self.limit: float = limit
 
     def take(self, key: str) -> Claim | None:
         """Take a job that no living process holds; return None if one does, or was quicker."""

@@ -74,9 +74,13 @@ class Ledger:
         heartbeat: float = HEARTBEAT,
         limit: float = LIMIT,
     ) -> None:
-        self.folder, self.setup, self.read_only = Path(folder), setup, read_only
-        self.cells, self.failed, self.pictures = (self.folder / name for name in ("cells", "failed", "pictures"))
-        self.claims = Claims(self.folder / "claims", heartbeat, limit)
+        self.folder: Path = Path(folder)
+        self.setup: Setup = setup
+        self.read_only: bool = read_only
+        self.cells: Path = self.folder / "cells"
+        self.failed: Path = self.folder / "failed"
+        self.pictures: Path = self.folder / "pictures"
+        self.claims: Claims = Claims(self.folder / "claims", heartbeat, limit)
         if not read_only:
             for part in (self.cells, self.failed, self.pictures, self.claims.folder):
                 make_folder(part)

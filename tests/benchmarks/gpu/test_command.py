@@ -92,9 +92,13 @@ def test_a_wrong_kernel_and_a_crashing_one_are_reported_and_the_others_timed(che
 
 # A text that chooses a few items of the stage, and none of smoke but its own.
 STAGES = {
-    "smoke": "flow backward", "headline": "training step", "whole": "short schedule", "tests": "-",
-    "tune": "coupling_backward", "compiled": "compiled FrEIA",
-}  # fmt: skip
+    "smoke": "flow backward",
+    "headline": "training step",
+    "whole": "short schedule",
+    "tests": "-",
+    "tune": "coupling_backward",
+    "compiled": "compiled FrEIA",
+}
 
 
 # The others begin and end as headline does: a process that runs items.
@@ -153,8 +157,9 @@ def test_no_time_left(tmp_path: Path) -> None:
     output = process.communicate()[0]
     assert process.returncode == 0
     assert {name: found["outcome"] for name, found in results(tmp_path).items()} == {
-        "smoke": "left out", "headline": "left out"
-    }  # fmt: skip
+        "smoke": "left out",
+        "headline": "left out",
+    }
     assert "the 1 s of the run were used up" in output
 
 

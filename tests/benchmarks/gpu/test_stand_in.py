@@ -33,12 +33,19 @@ ROWS = (
         "ops/spp_loss/test_registered.py",
     ),
     {
-        "log_likelihood_forward_kernel", "log_likelihood_backward_kernel", "boundary_small_kernel",
-        "boundary_histogram_kernel", "boundary_finish_kernel", "score_map_kernel", "spp_loss_small_kernel",
-        "spp_loss_partial_kernel", "spp_loss_finish_kernel", "spp_loss_backward_kernel",
+        "log_likelihood_forward_kernel",
+        "log_likelihood_backward_kernel",
+        "boundary_small_kernel",
+        "boundary_histogram_kernel",
+        "boundary_finish_kernel",
+        "score_map_kernel",
+        "spp_loss_small_kernel",
+        "spp_loss_partial_kernel",
+        "spp_loss_finish_kernel",
+        "spp_loss_backward_kernel",
     },
     "stride or narrow or half_precision or several_tiles or same_bits or sums_of_many or spread_as_in",
-)  # fmt: skip
+)
 FLOW = (
     (
         "kernels/flow/test_pack.py",
@@ -47,12 +54,15 @@ FLOW = (
         "ops/flow/test_registered_values.py",
     ),
     {
-        "flow_pack_kernel", "flow_forward_kernel", "flow_backward_kernel", "flow_weight_gradient_kernel",
+        "flow_pack_kernel",
+        "flow_forward_kernel",
+        "flow_backward_kernel",
+        "flow_weight_gradient_kernel",
         "flow_unpack_kernel",
     },
     "test_maps_of_any_shape or test_variants or (test_tiles_that_ship and (40 or 200)) or "
     "(test_gradients and (dense or (none and float32)))",
-)  # fmt: skip
+)
 WIDE = (
     (
         "ops/flow/test_wide.py",
@@ -61,11 +71,14 @@ WIDE = (
         "ops/flow/test_wide_operator.py",
     ),
     {
-        "coupling_forward_kernel", "coupling_backward_kernel", "coupling_operand_kernel", "coupling_rows_kernel",
+        "coupling_forward_kernel",
+        "coupling_backward_kernel",
+        "coupling_operand_kernel",
+        "coupling_rows_kernel",
         "coupling_clear_kernel",
     },
     "test_variants or chunks or unusable_rows or saturation",
-)  # fmt: skip
+)
 GROUPS = {"rows and maps": ROWS, "flow": FLOW, "wide flow": WIDE}
 # These look at operators and graphs, which dynamo cannot trace under -O; their kernels are those of the other tests.
 # Names of files count, too: "regist" would leave out test_registered.py.
@@ -94,10 +107,22 @@ def test_every_launch_compiles(group: str, everything: bool, tmp_path: Path) -> 
     environment[pytest_stand_in.LOG] = str(log)
     # With -O there are no assertions: outputs hold whatever was in memory.
     command = [
-        sys.executable, "-O", "-m", "pytest", "-q", "-o", "addopts=", "--assert=plain", "-p", pytest_stand_in.__name__,
-        "-p", "no:cacheprovider", *selection, "--tb=short",
+        sys.executable,
+        "-O",
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "--assert=plain",
+        "-p",
+        pytest_stand_in.__name__,
+        "-p",
+        "no:cacheprovider",
+        *selection,
+        "--tb=short",
         *(str(ROOT / "tests" / name) for name in files),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,
