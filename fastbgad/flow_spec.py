@@ -1,6 +1,6 @@
-"""What a conditional normalizing flow is made of: its shape (`FlowSpec`) and its tensors (`CouplingWeights`).
+"""Shape (`FlowSpec`) and tensors (`CouplingWeights`) of a conditional normalizing flow.
 
-The oracle, the fast paths and the module share these two, so that each of them can be handed the very same weights.
+The reference, the backends and the module share these two, so that all of them take the same weights.
 """
 
 from __future__ import annotations

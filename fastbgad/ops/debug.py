@@ -33,7 +33,7 @@ def debug_checks() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Whether checks of values are on."""
+    """Return True while checks of values are on."""
     return _depth > 0
 
 

@@ -77,7 +77,7 @@ def renamed_precision(matmul_precision: MatmulPrecision, precision: MatmulPrecis
 
 
 def why_not_triton(like: Tensor) -> str | None:
-    """What keeps the kernels from running on tensors like this one; None if nothing does."""
+    """Return why the kernels cannot run on tensors like this one, or None."""
     if TRITON_OBSTACLE is not None:
         return TRITON_OBSTACLE
     if like.dtype == torch.float64:
@@ -93,9 +93,9 @@ def why_not_triton(like: Tensor) -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether kernels are run by Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, for tests of the kernels.
+    """Return True if Triton's interpreter runs kernels on CPU tensors: TRITON_INTERPRET=1, for tests of the kernels.
 
-    Read from the environment, as Triton does: its own switch cannot be seen through by torch.compile.
+    It is read from the environment, as Triton does: torch.compile cannot trace Triton's own switch.
     """
     asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
     return asked and TRITON_OBSTACLE is None

@@ -12,6 +12,6 @@ def permutation_matrix(index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_permutation_matrix(w: Tensor) -> bool:
-    """Whether a matrix [C, C] moves whole channels and does nothing else."""
+    """Return True if a matrix [C, C] moves whole channels and does nothing else."""
     ones = w == 1
     return bool((ones | (w == 0)).all() and (ones.sum(0) == 1).all() and (ones.sum(1) == 1).all())

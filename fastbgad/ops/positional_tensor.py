@@ -74,7 +74,7 @@ def positional_map(channels: int, height: int, width: int, *, dtype: torch.dtype
 
 
 def positions_of(condition: Tensor) -> PositionalRows | None:
-    """What an [N, P] condition says about places, if it is one that knows; None for an ordinary tensor."""
+    """Return the positions of an [N, P] condition that knows them, or None for an ordinary tensor."""
     if not isinstance(condition, PositionalEncoding):
         return None
     places = condition.places()

@@ -10,7 +10,7 @@ TensorState = tuple[tuple[int, int], ...]
 
 
 def tensor_state(tensors: Iterable[Tensor]) -> TensorState:
-    """Where each tensor's memory lies and how often PyTorch has changed it.
+    """Return the address of each tensor's memory and the number of changes that PyTorch has counted.
 
     Equal states mean equal values unless something wrote behind PyTorch's back (`parameter.data`, a CUDA graph).
     Tensors made in inference mode have no count of changes.

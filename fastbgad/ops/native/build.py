@@ -1,4 +1,4 @@
-"""Compiles the C++ parts with the machine's own compiler, once per user, at their first use.
+"""Compile the C++ parts with the machine's own compiler, once per user, at their first use.
 
 A compiled library is specific to the CPU it was compiled on, so none is shipped. It is kept in the user's cache folder
 under the hash of everything that it depends on: the source, the flags, the compiler and the CPU.
@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL:
 
 
 def why_not_native() -> str | None:
-    """What keeps this process from using compiled C++, None if nothing does; builds the library if need be."""
+    """Return why the compiled backend is unavailable, or None. Builds the library on first use."""
     if _outcome.library is not None:
         return None
     if _outcome.obstacle is None:
@@ -74,7 +74,7 @@ def forget() -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: fastbgad in the user's cache folder."""
+    """Return the folder of compiled libraries: fastbgad in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The convention asks for relative ones to be ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastbgad"
@@ -111,7 +111,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _target(compiler: str) -> Path:
-    """Where what this compiler makes for this CPU is kept."""
+    """Return the path of the library that this compiler makes for this CPU."""
     version = _run([compiler, "--version"], timeout=20.0)
     try:
         sources = [path.read_text() for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])]
@@ -143,7 +143,7 @@ def _build(compiler: str, target: Path) -> None:
 
 
 def _run(command: list[str], timeout: float) -> str:
-    """What a compiler writes; raises `BackendError` with the first line of its complaint if it fails."""
+    """Return the output of a compiler; raise `BackendError` with the first line of its message if it fails."""
     try:
         done = subprocess.run(
             command,
