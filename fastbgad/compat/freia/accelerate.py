@@ -25,7 +25,7 @@ from ...kernels.device_cache import DeviceCache
 from ...model.flow import ConditionalFlow
 from ...ops import FlowOutput, Impl, MatmulPrecision, PositionalRows, flow_forward, flow_inverse
 from ...ops.dispatch import check_impl, check_matmul_precision, compute_dtype, renamed_precision
-from ...ops.flow.kept_weights import KeptWeights
+from ...ops.flow.prepared_weights import PreparedWeights
 from ...ops.permutations import permutation_matrix
 from ...ops.positional_tensor import separable
 from ...ops.tensor_state import tensor_state
@@ -124,7 +124,7 @@ class AcceleratedState:
 
     def __init__(self, flow: nn.Module, name: str, impl: Impl, matmul_precision: MatmulPrecision) -> None:
         self.name, self.impl, self.matmul_precision = name, impl, matmul_precision
-        self.kept = KeptWeights()
+        self.prepared = PreparedWeights()
         self._matrices = DeviceCache[Tensor]()
         self._replaced: list[tuple[nn.Module, str, Any]] = []
         self._warned = False
@@ -144,7 +144,7 @@ class AcceleratedState:
         condition: PositionalRows | Tensor | None,
         return_z: bool,
     ) -> FlowOutput:
-        pack = self.kept.get(self.spec, layers, x, condition, self.impl, self.matmul_precision)
+        pack = self.prepared.get(self.spec, layers, x, condition, self.impl, self.matmul_precision)
         return flow_forward(
             x,
             layers,
@@ -178,7 +178,7 @@ class AcceleratedState:
             setattr(block, name, function)
 
     def forget(self) -> None:
-        self.kept.clear()
+        self.prepared.clear()
         self._matrices.clear()
 
     def __getstate__(self) -> dict[str, Any]:
