@@ -14,7 +14,8 @@ from fastbgad import reference
 from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.kernels.tile_sizes import use_tiles
 from fastbgad.ops import MatmulPrecision, PositionalRows
-from fastbgad.ops.flow import wide as flow_wide
+from fastbgad.ops.flow import wide
+from fastbgad.ops.flow.backend import FlowCall, FlowOptions
 from tests.flows import double, lively_flow, reference_with_masks
 
 PRECISIONS = ["float32", "float16"]
@@ -68,7 +69,7 @@ class Case:
         self, precision: MatmulPrecision, return_z: bool = True, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The flow under test."""
-        return flow_wide.forward(self.x, self.weights, self.spec, self.condition, return_z, precision, **options)
+        return run_wide(self.x, self.weights, self.spec, self.condition, return_z, precision, **options)
 
     def inputs(self) -> dict[str, Tensor]:
         """Everything that has a gradient, by name."""
@@ -99,7 +100,7 @@ class Case:
         which alone would make a difference of 10^-2.
         """
         with torch.no_grad():
-            masks = list(flow_wide.flow_wide(*self.operator_arguments(precision, keep=True))[5] > 0)
+            masks = list(wide.flow_wide(*self.operator_arguments(precision, keep=True))[5] > 0)
         layers = double(self.weights)
         x, dense = self.x.detach().double().requires_grad_(), self.dense
         inputs = {"x": x, **names(layers)}
@@ -107,6 +108,24 @@ class Case:
             inputs["condition"] = dense.requires_grad_()
         z, log_det = reference_with_masks(x, layers, self.spec, dense, masks)
         return (reference.log_likelihood(z, log_det), log_det, z), inputs
+
+
+def run_wide(
+    x: Tensor,
+    layers: Sequence[CouplingWeights],
+    spec: FlowSpec,
+    condition: PositionalRows | Tensor | None,
+    return_z: bool,
+    precision: MatmulPrecision,
+    *,
+    recompute: bool | None = None,
+    chunk_rows: int = wide.CHUNK_ROWS,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The backend for flows that are too wide for the other kernels, at any width."""
+    options = FlowOptions(return_z, precision, recompute=recompute)
+    needs_grad = torch.is_grad_enabled()
+    call = FlowCall(x, layers, spec, condition, None, torch.float32, needs_grad=needs_grad, options=options)
+    return wide.train(call, chunk_rows=chunk_rows)
 
 
 def names(layers: Sequence[CouplingWeights]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from fastbgad.flow_spec import CouplingWeights, FlowSpec
 from fastbgad.kernels.flow.weights import FlowWeights
 from fastbgad.model.flow import ConditionalFlow
 from fastbgad.ops import Geometry, PositionalRows, boundary, flow_forward, log_likelihood, score_map, spp_loss
-from fastbgad.ops.flow.registered import _plain_pack, flow_pack, stacked_codes
+from fastbgad.ops.flow.kernel_weights import flow_pack, plain_pack, stacked_codes
 from fastbgad.system.environment import machine, versions
 from tests.flows import double, lively_flow
 
@@ -257,7 +257,7 @@ def _packing(make: Callable[[str], _Flow]) -> Pairs:
     codes = stacked_codes(geometry.height, geometry.width, spec.condition_channels, case.x.device)
     shape = (geometry.height, geometry.width, spec.channels, spec.hidden_channels, spec.condition_channels)
     call = (weights, codes, *shape, False, spec.global_affine, False, True)
-    packed, plain = flow_pack(*call), _plain_pack(*call)
+    packed, plain = flow_pack(*call), plain_pack(*call)
     return [
         (name, value, lambda truth=truth: truth, 1e-3 if name == "tables" else 1e-5)
         for name, value, truth in zip(FlowWeights._fields, packed, plain, strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..flow_spec import CouplingWeights, FlowSpec
 from ..ops import FlowOutput, Impl, MatmulPrecision, PositionalRows, flow_forward, flow_inverse
 from ..ops.dispatch import renamed_precision
-from ..ops.flow.kept_weights import KeptWeights
+from ..ops.flow.prepared_weights import PreparedWeights
 
 
 class CouplingLayer(nn.Module):
@@ -74,7 +74,7 @@ class ConditionalFlow(nn.Module):
         self.spec = spec
         self.impl: Impl = impl
         self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
-        self._kept: KeptWeights | None = None
+        self._prepared: PreparedWeights | None = None
         self.module_list: nn.ModuleList = nn.ModuleList(
             CouplingLayer(spec, generator) for _ in range(spec.coupling_layers)
         )
@@ -103,8 +103,8 @@ class ConditionalFlow(nn.Module):
     ) -> FlowOutput:
         """Return the log-likelihood per dimension, the log-determinant and, with `return_z`, the latent of N rows."""
         kind, layers, pack = impl or self.impl, self.weights(), None
-        if self._kept is not None:
-            pack = self._kept.get(self.spec, layers, x, condition, kind, self.matmul_precision)
+        if self._prepared is not None:
+            pack = self._prepared.get(self.spec, layers, x, condition, kind, self.matmul_precision)
         return flow_forward(
             x,
             layers,
@@ -125,15 +125,15 @@ class ConditionalFlow(nn.Module):
         CUDA graph that a user captures of this flow uses the weights that were prepared when it was captured. Gradients
         and the reference are not affected.
         """
-        if self._kept is None:
-            self._kept = KeptWeights()
-        self._kept.clear()
+        if self._prepared is None:
+            self._prepared = PreparedWeights()
+        self._prepared.clear()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionalFlow:
         """Drop the prepared weights, since they belong to the tensors that are replaced here."""
-        if self._kept is not None:
-            self._kept.clear()
+        if self._prepared is not None:
+            self._prepared.clear()
         return super()._apply(fn, recurse)
 
     def inverse(self, z: Tensor, condition: PositionalRows | Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from .boundary.dispatcher import Boundary, boundary
 from .debug import debug_checks
 from .dispatch import Impl, MatmulPrecision, Precision, resolve_impl
 from .flow.dispatcher import FlowOutput, flow_forward, flow_inverse
-from .flow.registered import FlowPack, Geometry, pack_flow
+from .flow.kernel_weights import FlowPack, Geometry, pack_flow
 from .log_likelihood.dispatcher import log_likelihood
 from .native.build import why_not_native
 from .positional import PositionalRows

@@ -17,8 +17,8 @@ from fastbgad.kernels.device_cache import DeviceCache, tensors_in
 from fastbgad.kernels.flow.pack import addresses
 from fastbgad.model.flow import ConditionalFlow
 from fastbgad.ops import PositionalRows
-from fastbgad.ops.flow import registered as flow_triton
-from fastbgad.ops.flow.kept_weights import MOST_KEPT
+from fastbgad.ops.flow import kernel_weights
+from fastbgad.ops.flow.prepared_weights import MOST_ENTRIES
 from fastbgad.ops.positional import _make_axis_code, axis_code
 from fastbgad.train.graph import WARM_UP_STEPS, CapturedSteps
 from tests.fake_cuda import GPU, FakeCuda, captures_on_cpu, fake_cuda
@@ -47,8 +47,8 @@ def test_is_complete_before_it_is_handed_out(fake_cuda: FakeCuda) -> None:
 
 def test_codes_of_a_map_are_complete(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made by several kernels of one stream, and read by every level on its own."""
-    monkeypatch.setattr(flow_triton, "_stack_codes", lambda *key: torch.ones(3))
-    flow_triton.stacked_codes(501, 3, 8, GPU)
+    monkeypatch.setattr(kernel_weights, "_stack_codes", lambda *key: torch.ones(3))
+    kernel_weights.stacked_codes(501, 3, 8, GPU)
     assert fake_cuda.log == [("synchronize", "default")]
 
 
@@ -93,7 +93,7 @@ def test_captured_steps_read_tables_that_stay(captures_on_cpu: FakeCuda) -> None
     pointers = tuple(range(7))
 
     def step(rows: Tensor, first_phase: bool) -> None:
-        tables[:] = map(weakref.ref, (addresses(pointers, CPU), flow_triton.stacked_codes(31, 33, 8, CPU)))
+        tables[:] = map(weakref.ref, (addresses(pointers, CPU), kernel_weights.stacked_codes(31, 33, 8, CPU)))
         tables.extend(map(weakref.ref, PositionalRows(137, 139, channels=8).codes(torch.float32, CPU)))
 
     captured = CapturedSteps(step)
@@ -103,11 +103,11 @@ def test_captured_steps_read_tables_that_stay(captures_on_cpu: FakeCuda) -> None
     for i in range(300):
         addresses((i, i), CPU)
     for i in range(1, 70):
-        flow_triton.stacked_codes(i, 1, 8, CPU)
+        kernel_weights.stacked_codes(i, 1, 8, CPU)
         axis_code(i, 4, torch.float32, CPU)
     gc.collect()
     assert [table() is not None for table in tables] == [True] * 4
-    expected = torch.tensor(pointers), flow_triton._stack_codes(31, 33, 8, CPU)
+    expected = torch.tensor(pointers), kernel_weights._stack_codes(31, 33, 8, CPU)
     assert all(torch.equal(table(), value) for table, value in zip(tables, expected, strict=False))
 
 
@@ -145,14 +145,14 @@ def test_tables_without_a_warm_up(captures_on_cpu: FakeCuda, monkeypatch: pytest
         with DevicesOfResults() as devices:
             addresses(pointers, meta)
             axis_code(19, 8, torch.float32, meta)
-            flow_triton.stacked_codes(5, 7, 8, meta)
+            kernel_weights.stacked_codes(5, 7, 8, meta)
     assert devices.found == {"meta"}
 
 
 def kept_by(flow: ConditionalFlow) -> list[weakref.ref[Tensor]]:
     """A tensor of every form of its weights that a frozen flow keeps."""
-    assert flow._kept is not None
-    return [weakref.ref(form.layers[0].w2) for form in flow._kept.values()]
+    assert flow._prepared is not None
+    return [weakref.ref(form.layers[0].w2) for form in flow._prepared.values()]
 
 
 def test_weights_of_a_frozen_flow_stay_for_its_graphs(captures_on_cpu: FakeCuda) -> None:
@@ -170,7 +170,7 @@ def test_weights_of_a_frozen_flow_stay_for_its_graphs(captures_on_cpu: FakeCuda)
     for height in (1, 2, 3, 8, 12):
         flow(x, PositionalRows(height, 24 // height, channels=8), impl="torch")
     *others, unread = kept_by(flow)
-    assert len(others) + 1 == MOST_KEPT
+    assert len(others) + 1 == MOST_ENTRIES
     flow.freeze().double()
     gc.collect()
     assert read() is not None
@@ -201,7 +201,7 @@ def test_a_graph_replays_after_the_caches_were_emptied() -> None:
     for i in range(300):
         addresses((i, i), x.device)
     for i in range(1, 70):
-        flow_triton.stacked_codes(i, 1, 8, x.device)
+        kernel_weights.stacked_codes(i, 1, 8, x.device)
     junk = [torch.full((2**k,), torch.nan, device="cuda") for k in range(4, 20) for _ in range(20)]
     graph.replay()
     torch.cuda.synchronize()

@@ -25,7 +25,7 @@ from ...kernels.device_cache import DeviceCache
 from ...model.flow import CouplingLayer
 from ...ops import FlowOutput, Impl, MatmulPrecision, PositionalRows, flow_forward, flow_inverse
 from ...ops.dispatch import check_impl, check_matmul_precision, compute_dtype, renamed_precision
-from ...ops.flow.kept_weights import KeptWeights
+from ...ops.flow.prepared_weights import PreparedWeights
 from ...ops.permutations import permutation_matrix
 from ...ops.positional_tensor import separable
 from ...ops.tensor_state import tensor_state
@@ -127,7 +127,7 @@ class AcceleratedState:
         self.name = name
         self.impl = impl
         self.matmul_precision = matmul_precision
-        self.kept: KeptWeights = KeptWeights()
+        self.prepared: PreparedWeights = PreparedWeights()
         self._matrices = DeviceCache[Tensor]()
         self._replaced: list[tuple[nn.Module, str, Any]] = []
         self._warned = False
@@ -157,8 +157,8 @@ class AcceleratedState:
         condition: PositionalRows | Tensor | None,
         return_z: bool,
     ) -> FlowOutput:
-        """Compute the flow with kept weights where they can be used."""
-        pack = self.kept.get(self.spec, layers, x, condition, self.impl, self.matmul_precision)
+        """Compute the flow with prepared weights where they can be used."""
+        pack = self.prepared.get(self.spec, layers, x, condition, self.impl, self.matmul_precision)
         return flow_forward(
             x,
             layers,
@@ -194,7 +194,7 @@ class AcceleratedState:
 
     def forget(self) -> None:
         """Drop the prepared weights and permutation matrices."""
-        self.kept.clear()
+        self.prepared.clear()
         self._matrices.clear()
 
     def __getstate__(self) -> dict[str, Any]:

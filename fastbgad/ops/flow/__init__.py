@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .dispatcher import FlowOutput, flow_forward, flow_inverse
-from .registered import FlowPack, Geometry, pack_flow
+from .kernel_weights import FlowPack, Geometry, pack_flow
 
 __all__ = [
     "FlowOutput",

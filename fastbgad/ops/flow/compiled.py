@@ -1,6 +1,6 @@
 """The flow on a CPU by compiled C++, where `native/flow.cpp` carries tiles of rows through the layers in the cache.
 
-The arithmetic is that of `flow_torch_training` in float32, to rounding. The rows are split into one part per thread,
+The arithmetic is that of `portable_training` in float32, to rounding. The rows are split into one part per thread,
 and the parts' sums of gradients are added in order: the same number of threads gives the same bits.
 """
 
@@ -18,30 +18,31 @@ from torch import Tensor
 
 from ...errors import FeatureError
 from ...flow_spec import CouplingWeights, FlowSpec, GlobalAffine
-from ..native import build as native_build
+from ..native.build import library, why_not_native
 from ..positional import PositionalRows, axis_code
 from ..reused_memory import Block
+from .backend import FlowCall, FlowResult, unflatten
 from .folded import map_size
-from .portable import unflatten
 
 # Measured: with 512 it is a tenth quicker than PyTorch's operations, with 32 to 40 half as quick again.
 MOST_CHANNELS = 384
 
 
-class NativeFlow(NamedTuple):
-    """The weights of a flow as the compiled code reads them, for one size of maps."""
+class CompiledWeights(NamedTuple):
+    """Prepared weights of the compiled backend, for one size of maps."""
 
     block: Block
     map_size: tuple[int, int] | None
 
     def serves(self, positions: PositionalRows | None, dtype: torch.dtype) -> bool:
+        """Return whether they fit a condition and a type."""
         return dtype == torch.float32 and self.map_size == map_size(positions)
 
 
 def why_not(
     spec: FlowSpec, layers: Sequence[CouplingWeights], x: Tensor, condition: PositionalRows | Tensor | None
 ) -> str | None:
-    """What keeps the compiled code from serving this call, None if nothing does; compiles it if need be."""
+    """Return why the compiled code cannot serve a call, or None. Compiles it on first use."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "compiled code cannot be traced"
     if x.device.type != "cpu":
@@ -54,35 +55,50 @@ def why_not(
         return "the compiled code takes a positional condition or none, this one is dense"
     if spec.channels > MOST_CHANNELS:
         return f"the compiled code is made for up to {MOST_CHANNELS} channels, this flow has {spec.channels}"
-    return native_build.why_not_native()
+    return why_not_native()
 
 
 @torch.no_grad()
-def pack_native(layers: Sequence[CouplingWeights], spec: FlowSpec, positions: PositionalRows | None) -> NativeFlow:
-    """Folds the constants of every layer and lays out its weights; a snapshot, which later changes do not reach."""
+def lay_out(layers: Sequence[CouplingWeights], spec: FlowSpec, positions: PositionalRows | None) -> CompiledWeights:
+    """Fold the constants of every layer and lay out its weights; later changes of these do not reach the result."""
     code = Code(spec, positions)
     weights = [t.detach().to(torch.float32).contiguous() for layer in layers for t in layer]
     block, addresses = Block(len(layers) * code.sizes.packed, weights[0]), _addresses(weights)
     code.job.packed, code.job.weights = _address(block.tensor), ctypes.addressof(addresses)
     code.run("flow_fold", code.job.layers)
-    return NativeFlow(block, map_size(positions))
+    return CompiledWeights(block, map_size(positions))
+
+
+def prepare(call: FlowCall) -> CompiledWeights:
+    """Return the weights of a call as the compiled code reads them."""
+    return lay_out(call.layers, call.spec, call.positions)
 
 
 @torch.no_grad()
-def infer(
-    x: Tensor,  # [R, C], float32
-    pack: NativeFlow,
-    spec: FlowSpec,
-    positions: PositionalRows | None,
-    rows: Tensor | None,  # [N] into x
-    return_z: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lp [N], log_det [N] and z [N, C] if asked."""
-    return Call(x, rows, pack, spec, positions, keep=False).forward(x, return_z)
+def infer(call: FlowCall, prepared: object = None) -> FlowResult:
+    """Return lp [N], log_det [N] and z [N, C] if asked."""
+    call = _gathered_unless_read(call)
+    positions = call.positions
+    if not (isinstance(prepared, CompiledWeights) and prepared.serves(positions, call.dtype)):
+        prepared = prepare(call)
+    x = call.x.to(call.dtype)
+    return CompiledCall(x, call.rows, prepared, call.spec, positions, save=False).forward(x, call.options.return_z)
+
+
+def train(call: FlowCall) -> FlowResult:
+    """Return the same with gradients of x and of every weight."""
+    call = _gathered_unless_read(call)
+    x, return_z = call.x.to(call.dtype), call.options.return_z
+    return FlowFunction.apply(x, call.rows, call.positions, call.spec, return_z, *call.weights)
+
+
+def _gathered_unless_read(call: FlowCall) -> FlowCall:
+    """Return the call with its rows gathered, except where the compiled code reads them from x itself."""
+    return call.gathered() if call.x.dtype != torch.float32 or call.x.requires_grad else call
 
 
 class FlowFunction(torch.autograd.Function):
-    """The same with gradients of x (which needs `rows` of None) and of every weight."""
+    """The flow with gradients of x (which needs `rows` of None) and of every weight."""
 
     @staticmethod
     def forward(
@@ -94,7 +110,8 @@ class FlowFunction(torch.autograd.Function):
         return_z: bool,
         *weights: Tensor,  # the tensors of every layer, in the order of CouplingWeights
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.call = Call(x, rows, pack_native(unflatten(weights), spec, positions), spec, positions, keep=True)
+        prepared = lay_out(unflatten(weights), spec, positions)
+        ctx.call = CompiledCall(x, rows, prepared, spec, positions, save=True)
         ctx.save_for_backward(*weights)  # which notices where one of them is changed before the backward
         ctx.set_materialize_grads(False)
         return ctx.call.forward(x, return_z)
@@ -131,9 +148,9 @@ class Sizes(NamedTuple):
 
 
 class Code:
-    """The compiled code for one flow and size of maps, and what it is told of them."""
+    """The compiled code for one flow and size of maps, with its arguments."""
 
-    def __init__(self, spec: FlowSpec, positions: PositionalRows | None, rows: int = 0, keep: bool = False) -> None:
+    def __init__(self, spec: FlowSpec, positions: PositionalRows | None, rows: int = 0, save: bool = False) -> None:
         self.job = job = Job(
             channels=spec.channels,
             passive=spec.passive_channels,
@@ -143,7 +160,7 @@ class Code:
             hard=spec.hard_permutation,
             affine=get_args(GlobalAffine).index(spec.global_affine),
             rows=rows,
-            kept=keep,
+            kept=save,
             clamp=spec.clamp,
             # FrEIA's 0.1, and tanh(a) = 2 sigmoid(2 a) - 1
             log_scale=0.2 if spec.clamp_form == "tanh" else 0.2 / spec.clamp,
@@ -153,14 +170,14 @@ class Code:
             self.codes = [padded_code(length, positions.channels // 2) for length in (job.width, job.height)]
             job.column_code, job.line_code = map(_address, self.codes)
         found = (ctypes.c_int64 * len(Sizes._fields))()
-        self.library = native_build.library()
+        self.library = library()
         self.library.flow_sizes(ctypes.byref(job), found)
         self.sizes = Sizes(*found)
         self.tiles = -(-rows // self.sizes.tile_rows)
         job.parts = max(1, min(torch.get_num_threads(), self.tiles))
 
     def run(self, name: str, parts: int, job: Job | None = None) -> None:
-        """Has a task's parts done by PyTorch's number of threads."""
+        """Run the parts of a task in PyTorch's number of threads."""
         task, job = getattr(self.library, name), job or self.job
         job.next = 0
         threads = min(torch.get_num_threads(), parts)
@@ -176,25 +193,25 @@ class Code:
                 other.result()
 
 
-class Call:
-    """The rows of one call, and what its backward needs of its forward."""
+class CompiledCall:
+    """The rows of one call, and the saved activations that its backward needs."""
 
     def __init__(
         self,
         x: Tensor,
         rows: Tensor | None,
-        pack: NativeFlow,
+        prepared: CompiledWeights,
         spec: FlowSpec,
         positions: PositionalRows | None,
-        keep: bool,
+        save: bool,
     ) -> None:
-        # Copies: the backward reads them again, and they are looked at but once for places outside of the map.
+        # Copies: the backward reads them again, and they are checked only once for positions outside of the map.
         self.rows = None if rows is None else rows.to(torch.int64, copy=True).contiguous()
         self.index = None if positions is None or positions.index is None else positions.index.clone()
-        self.pack = pack
-        self.code = code = Code(spec, positions, len(x) if rows is None else len(rows), keep)
-        self.states = Block((code.tiles if keep else code.job.parts) * code.sizes.states, pack.block.tensor)
-        code.job.packed, code.job.kept_states = _address(pack.block.tensor), _address(self.states.tensor)
+        self.prepared = prepared
+        self.code = code = Code(spec, positions, len(x) if rows is None else len(rows), save)
+        self.states = Block((code.tiles if save else code.job.parts) * code.sizes.states, prepared.block.tensor)
+        code.job.packed, code.job.kept_states = _address(prepared.block.tensor), _address(self.states.tensor)
         code.job.selected, code.job.index = map(_address, (self.rows, self.index))
 
     def forward(self, x: Tensor, return_z: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -211,9 +228,9 @@ class Call:
     def backward(
         self, weights: Sequence[Tensor], upstream: Sequence[Tensor | None], needs_x: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradients of x [N, C] and of every tensor of every layer; W_perm is fixed and gets None."""
+        """Return the gradients of x [N, C] and of every tensor of every layer; W_perm is fixed and gets None."""
         job = Job.from_buffer_copy(self.code.job)  # a graph may be used by several threads
-        like = self.pack.block.tensor
+        like = self.prepared.block.tensor
         d_x = like.new_empty(job.rows, job.channels) if needs_x else None
         operands = [None if d is None else d.contiguous() for d in upstream]
         sums = Block(job.parts * job.layers * self.code.sizes.sums, like)
@@ -234,7 +251,7 @@ class Call:
 
 @functools.lru_cache(maxsize=64)
 def padded_code(length: int, channels: int) -> Tensor:
-    """The positional code of an axis with rows of a multiple of 8 numbers."""
+    """Return the positional code of an axis with rows of a multiple of 8 numbers."""
     with torch.inference_mode(False):
         code = axis_code(length, channels, torch.float32, torch.device("cpu"))
         return torch.nn.functional.pad(code, (0, -channels % 8))
@@ -250,9 +267,9 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 @functools.cache
 def openmp_parallel() -> Any:
-    """The entry of the OpenMP runtime that PyTorch has loaded, None where there is no such.
+    """Return the entry of the OpenMP runtime that PyTorch has loaded, None if it has loaded none.
 
-    Its threads are those of PyTorch's own operations, which go on spinning for some milliseconds after each of them:
+    Its threads are those of PyTorch's own operations, which keep spinning for some milliseconds after each of them:
     other threads would have to share the cores with them.
     """
     try:

@@ -1,53 +1,19 @@
-"""What the portable flow prepares before any row is touched: folded weights, and where hidden biases come from.
+"""Weights of the portable flow with their constants folded in.
 
 Constants are folded once per call: 0.1 into W2 and b2, g into W_perm, the offset through W_perm; a hard permutation
-becomes an index. The positional condition becomes two small tables, and a bias object per kind of condition turns them
-into the rows' hidden biases.
+becomes an index. The positional condition becomes two small tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from ...flow_spec import CouplingWeights, FlowSpec
 from ..positional import PositionalRows
-from ..reused_memory import Block
-
-# Shorter lanes make products too small to be quick.
-FEWEST_LANE_ROWS = 128
-
-
-class Chunk(NamedTuple):
-    """Successive rows that go through all layers together, split evenly into lanes."""
-
-    start: int
-    stop: int
-    lanes: int
-
-    @staticmethod
-    def of(start: int, stop: int, most_lanes: int) -> Chunk:
-        """With the most lanes, up to `most_lanes`, that divide the rows and leave enough of them for each."""
-        rows = stop - start
-        most = max(1, min(most_lanes, rows // FEWEST_LANE_ROWS))
-        return Chunk(start, stop, next(lanes for lanes in range(most, 0, -1) if rows % lanes == 0))
-
-    @property
-    def lane_rows(self) -> int:
-        return (self.stop - self.start) // self.lanes
-
-
-def row_chunks(rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
-    """Chunks of any rows; what does not divide into lanes at the end is a small chunk of its own."""
-    even = rows - rows % lanes if rows >= lanes * FEWEST_LANE_ROWS else rows
-    step = max(1, chunk_rows // lanes) * lanes
-    yield from (Chunk.of(start, min(start + step, even), lanes) for start in range(0, even, step))
-    if even < rows:
-        yield Chunk(even, rows, 1)
 
 
 class Folded(NamedTuple):
@@ -89,7 +55,7 @@ class Folded(NamedTuple):
 
 
 def global_affine_scale(global_scale: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """g [C] and its derivative with respect to the parameter [C]."""
+    """Return g [C] and its derivative with respect to the parameter [C]."""
     if kind == "SOFTPLUS":
         return 0.1 * torch.nn.functional.softplus(global_scale, beta=0.5), 0.1 * torch.sigmoid(0.5 * global_scale)
     if kind == "SIGMOID":
@@ -100,7 +66,7 @@ def global_affine_scale(global_scale: Tensor, kind: str) -> tuple[Tensor, Tensor
 
 
 def subnet_scale(spec: FlowSpec, like: Tensor) -> Tensor:
-    """What W2 and b2 are multiplied by, [2 * C2]: FrEIA's 0.1; in the half of s also 2, and 1 / clamp if so scaled.
+    """Return the factors of W2 and b2, [2 * C2]: FrEIA's 0.1; in the half of s also 2, and 1 / clamp if so scaled.
 
     tanh(a) = 2 sigmoid(2 a) - 1: PyTorch's sigmoid takes a seventh of the time of its tanh on a CPU.
     """
@@ -109,26 +75,28 @@ def subnet_scale(spec: FlowSpec, like: Tensor) -> Tensor:
     return scale
 
 
-class FoldedFlow(NamedTuple):
-    """The layers of a flow with their constants folded in, for one type and one size of maps."""
+class PortableWeights(NamedTuple):
+    """Prepared weights of the portable backend, for one type and one size of maps."""
 
     layers: list[Folded]
     map_size: tuple[int, int] | None  # height and width of the positional condition
     dtype: torch.dtype
 
     def serves(self, positions: PositionalRows | None, dtype: torch.dtype) -> bool:
+        """Return whether they fit a condition and a type."""
         return self.dtype == dtype and self.map_size == map_size(positions)
 
 
 def map_size(condition: PositionalRows | Tensor | None) -> tuple[int, int] | None:
+    """Return height and width of a positional condition's map, None for any other condition."""
     return (condition.height, condition.width) if isinstance(condition, PositionalRows) else None
 
 
 @torch.no_grad()
 def fold_flow(
     layers: Sequence[CouplingWeights], spec: FlowSpec, positions: PositionalRows | None, dtype: torch.dtype
-) -> FoldedFlow:
-    """Folds the constants of every layer; the cost does not depend on the number of rows.
+) -> PortableWeights:
+    """Fold the constants of every layer; the cost does not depend on the number of rows.
 
     The result is a snapshot: later changes of the weights do not reach it.
     """
@@ -161,121 +129,13 @@ def fold_flow(
                 log_g=log_g_,
             )
         )
-    return FoldedFlow(folded, map_size(positions), dtype)
+    return PortableWeights(folded, map_size(positions), dtype)
 
 
 def positional_tables(w1p: Tensor, b1: Tensor, codes: tuple[Tensor, Tensor]) -> Tensor:
-    """A [width, H] above B [height, H], with W1p p(h, w) + b1 = A[w] + B[h]."""
+    """Return A [width, H] above B [height, H], with W1p p(h, w) + b1 = A[w] + B[h]."""
     (width, half), height = codes[0].shape, len(codes[1])
     tables = w1p.new_empty(width + height, len(b1))
     torch.addmm(b1, codes[0], w1p[:, :half].T, out=tables[:width])
     torch.mm(codes[1], w1p[:, half:].T, out=tables[width:])
     return tables
-
-
-class RasterBias:
-    """The hidden bias of whole maps in raster order: A[w] + B[h] by broadcasting, without any index."""
-
-    def __init__(self, positions: PositionalRows) -> None:
-        self.height, self.width = positions.height, positions.width
-
-    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
-        """Chunks of whole maps where these are small, else of whole image rows within one map."""
-        area = self.height * self.width
-        if area <= chunk_rows:
-            step = chunk_rows // area * area
-            yield from (Chunk.of(start, min(start + step, rows), lanes) for start in range(0, rows, step))
-            return
-        step = max(1, chunk_rows // self.width) * self.width
-        for image in range(0, rows, area):
-            end = image + area
-            yield from (Chunk.of(start, min(start + step, end), lanes) for start in range(image, end, step))
-
-    def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
-        """Writes the bias of every row of the chunk into `hidden` [L, n, H]."""
-        assert layer.tables is not None
-        area, rows = self.height * self.width, chunk.stop - chunk.start
-        columns, lines = layer.tables[: self.width], layer.tables[self.width :]
-        first = chunk.start % area // self.width
-        last = self.height if rows >= area else first + rows // self.width
-        # [images, lines, width, H]; one image unless the chunk holds several whole maps
-        view = hidden.view(-1, last - first, self.width, hidden.shape[-1])
-        torch.add(columns, lines[first:last, None], out=view[0])
-        if len(view) > 1:
-            view[1:] = view[0]
-
-
-class GatheredBias:
-    """The hidden bias of rows at arbitrary positions: A[w] + B[h].
-
-    Where a map has no more places than there are rows, the bias of each place is added up once and a row copies one of
-    them; else each row adds one row of A and one of B.
-    """
-
-    def __init__(self, positions: PositionalRows, rows: int, device: torch.device) -> None:
-        self.height, self.width = positions.height, positions.width
-        self.place = positions.positions(rows, device)
-        self.by_place = self.height * self.width <= rows
-
-    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
-        return row_chunks(rows, chunk_rows, lanes)
-
-    def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
-        assert layer.tables is not None
-        place, rows = self.place[chunk.start : chunk.stop], hidden.view(-1, hidden.shape[-1])
-        columns, lines = layer.tables.split([self.width, self.height])
-        if self.by_place:
-            block = Block(self.height * self.width * rows.shape[1], columns)
-            table = block.view(self.height, self.width, rows.shape[1])
-            torch.add(columns, lines[:, None], out=table)
-            torch.index_select(table.flatten(0, 1).to(rows.dtype), 0, place, out=rows)
-        else:
-            block = Block(rows.numel(), hidden)
-            columns, lines = columns.to(rows.dtype), lines.to(rows.dtype)
-            torch.index_select(columns, 0, place % self.width, out=rows)
-            rows += torch.index_select(lines, 0, place // self.width, out=block.view(*rows.shape))
-
-    def segments(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """For `sum_segments`: the chunk's rows ordered by what they read, and where each piece of it begins.
-
-        A stable sort, so that the sums are taken in one order and the same seed gives the same bits.
-        """
-        place, pieces = self.place[chunk.start : chunk.stop], self.width + self.height
-        used = torch.cat([place % self.width, place // self.width + self.width])
-        order = torch.argsort(used, stable=True)
-        counts = torch.bincount(used, minlength=pieces)
-        return order % (chunk.stop - chunk.start), torch.cumsum(counts, 0) - counts
-
-    def sum_segments(self, d_hidden: Tensor, segments: tuple[Tensor, Tensor]) -> Tensor:
-        """The gradient of the tables [width + height, H] from that of the rows [L * n, H]."""
-        rows, offsets = segments
-        return embedding_bag(rows, d_hidden, offsets, mode="sum")
-
-
-class DenseBias:
-    """The hidden bias of a dense condition [N, P], or of none."""
-
-    def __init__(self, condition: Tensor | None) -> None:
-        self.condition = condition
-
-    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
-        return row_chunks(rows, chunk_rows, lanes)
-
-    def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
-        if self.condition is None or layer.w1p is None:
-            hidden.copy_(layer.bias.expand_as(hidden))
-        else:
-            condition = self.condition[chunk.start : chunk.stop]
-            torch.addmm(layer.bias, condition, layer.w1p, out=hidden.view(-1, hidden.shape[-1]))
-
-
-Bias = RasterBias | GatheredBias | DenseBias
-
-
-def hidden_bias_of(positions: PositionalRows | None, dense: Tensor | None, x: Tensor) -> Bias:
-    """Where the hidden biases of the rows of x [N, C] come from, for inference."""
-    if positions is None:
-        return DenseBias(dense)
-    if positions.index is None:
-        return RasterBias(positions)
-    return GatheredBias(positions, len(x), x.device)

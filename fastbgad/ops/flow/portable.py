@@ -6,22 +6,22 @@ Three things make it fast; the equations stay those of `fastbgad.reference.flow`
 - constants are folded once per call: 0.1 into W2 and b2, g into W_perm, the offset through W_perm;
 - rows go through all coupling layers in chunks whose activations stay in the cache, one part per thread.
 
-This is inference, which keeps one chunk's activations; `flow_torch_training` keeps what its backward needs.
+This is inference, which holds one chunk's activations; `portable_training` saves what its backward needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...flow_spec import CouplingWeights, FlowSpec
+from ...flow_spec import FlowSpec
 from ..log_likelihood.portable import log_likelihood_of_norm
-from ..positional import PositionalRows
 from ..reused_memory import Block
-from .folded import Chunk, Folded, FoldedFlow, hidden_bias_of
+from .backend import FlowCall, FlowResult
+from .folded import Folded, PortableWeights, fold_flow
+from .hidden_bias import Chunk, hidden_bias_of
 
 # The hidden activations of a chunk (2.4 MB per thread in float32 for C = 40) should stay in the cache.
 LANES_PER_THREAD = 8
@@ -29,7 +29,7 @@ LANE_ROWS = 256
 
 
 def most_lanes(device: torch.device) -> int:
-    """How many lanes of rows to carry at once: on a CPU several per thread, else one.
+    """Return how many lanes of rows go through the layers at once: on a CPU several per thread, else one.
 
     A batched product is shared among threads by lanes, much as element-wise operations are: most of what a thread reads
     it wrote itself. A single large product is shared by columns or by rows, as suits its shape, and its operands come
@@ -38,29 +38,30 @@ def most_lanes(device: torch.device) -> int:
     return LANES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
 
 
+def prepare(call: FlowCall) -> PortableWeights:
+    """Return the weights of a call with their constants folded in."""
+    return fold_flow(call.layers, call.spec, call.positions, call.dtype)
+
+
 @torch.no_grad()
-def infer(
-    x: Tensor,  # [N, C] in the compute dtype
-    flow: FoldedFlow,
-    spec: FlowSpec,
-    positions: PositionalRows | None,
-    dense: Tensor | None,  # [N, P]
-    return_z: bool,
-    chunk_rows: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lp [N], log_det [N] and z [N, C] if asked, holding the activations of one chunk of rows at a time."""
-    bias = hidden_bias_of(positions, dense, x)
+def infer(call: FlowCall, prepared: object = None) -> FlowResult:
+    """Return lp [N], log_det [N] and z [N, C] if asked, holding the activations of one chunk of rows at a time."""
+    call = call.gathered()
+    x, spec, positions, dense = call.x.to(call.dtype), call.spec, call.positions, call.dense
+    if not (isinstance(prepared, PortableWeights) and prepared.serves(positions, call.dtype)):
+        prepared = prepare(call)
+    bias = hidden_bias_of(positions, None if dense is None else dense.to(call.dtype), x)
     lanes = most_lanes(x.device)
-    log_g = torch.stack([layer.log_g for layer in flow.layers]).sum()
+    log_g = torch.stack([layer.log_g for layer in prepared.layers]).sum()
     lp, log_det = x.new_empty(len(x)), x.new_empty(len(x))
-    z = torch.empty_like(x) if return_z else None
+    z = torch.empty_like(x) if call.options.return_z else None
     scratch: Scratch | None = None
-    for chunk in bias.chunks(len(x), chunk_rows or lanes * LANE_ROWS, lanes):
+    for chunk in bias.chunks(len(x), call.options.chunk_rows or lanes * LANE_ROWS, lanes):
         if scratch is None or not scratch.fits(chunk):
             scratch = Scratch(chunk, spec, x)
         here = slice(chunk.start, chunk.stop)
         scratch.load(x[here])
-        for layer in flow.layers:
+        for layer in prepared.layers:
             bias.fill(layer, chunk, scratch.hidden)
             scratch.carry(layer, spec.clamp)
         torch.sum(scratch.scale_sum, dim=1, out=log_det[here].view(chunk.lanes, -1))
@@ -72,7 +73,7 @@ def infer(
 
 
 class State(NamedTuple):
-    """The state of a chunk of L lanes of n rows between two layers, and views of it."""
+    """State of a chunk of L lanes of n rows between two layers, and views of it."""
 
     all: Tensor  # [L, C, n]
     rows: Tensor  # [L, n, C]
@@ -87,7 +88,7 @@ class State(NamedTuple):
 
 
 class Scratch:
-    """The activations of one chunk at inference: made once, and used by all layers and all chunks of that size."""
+    """Activations of one chunk at inference, used by all layers and all chunks of that size."""
 
     def __init__(self, chunk: Chunk, spec: FlowSpec, like: Tensor) -> None:
         lanes, rows, c2 = chunk.lanes, chunk.lane_rows, spec.active_channels
@@ -100,18 +101,20 @@ class Scratch:
         self.scale_sum = like.new_empty(lanes, c2, rows)
 
     def fits(self, chunk: Chunk) -> bool:
+        """Return whether a chunk has this size."""
         return self.hidden.shape[:2] == (chunk.lanes, chunk.lane_rows)
 
     def load(self, x: Tensor) -> None:
+        """Start with the rows of a chunk [L * n, C]."""
         self.state.rows.copy_(x.view(self.state.rows.shape))
         self.scale_sum.zero_()
 
     def squared_norm(self) -> Tensor:
-        """|z|^2 of the state of every row [L, n]; afterwards this chunk can only be replaced."""
+        """Return |z|^2 of the state of every row [L, n]; the state is lost."""
         return torch.mul(self.state.all, self.state.all, out=self.following.all).sum(dim=1)
 
     def carry(self, layer: Folded, clamp: float) -> None:
-        """One coupling layer; `hidden` holds its bias."""
+        """Apply one coupling layer; `hidden` holds its bias."""
         state, s, lanes = self.state, self.s, len(self.a)
         self.hidden.baddbmm_(state.passive_rows, layer.w1x.expand(lanes, -1, -1)).relu_()
         torch.bmm(layer.w2.expand(lanes, -1, -1), self.hidden_columns, out=self.a).add_(layer.b2)
@@ -120,9 +123,3 @@ class Scratch:
         torch.addcmul(self.shift, state.active, s.exp_(), out=state.active)  # y = [x1, x2 exp(s) + a_t], in place
         layer.permute(state.all, out=self.following.all)
         self.state, self.following = self.following, state
-
-
-def unflatten(weights: Sequence[Tensor]) -> list[CouplingWeights]:
-    """The tensors of all layers in one sequence, seven per layer, as layers again."""
-    size = len(CouplingWeights._fields)
-    return [CouplingWeights(*weights[i : i + size]) for i in range(0, len(weights), size)]

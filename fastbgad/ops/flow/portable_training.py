@@ -1,6 +1,6 @@
 """The portable fast path of the flow with gradients: a forward that keeps activations, and a backward by hand.
 
-The arithmetic and the lanes of the forward are those of `flow_torch`. Gradients of weights are summed per lane, and the
+The arithmetic and the lanes of the forward are those of `portable`. Gradients of weights are summed per lane, and the
 lanes' sums are added in order: the same number of threads gives the same bits.
 
 With `operands` of another type (bfloat16) the hidden activations and the operands of the subnets' products are of that
@@ -19,8 +19,10 @@ from ...flow_spec import CouplingWeights, FlowSpec
 from ..log_likelihood.portable import portable_log_likelihood
 from ..positional import PositionalRows
 from ..reused_memory import Block
-from .folded import Bias, Chunk, DenseBias, Folded, GatheredBias, fold_flow, global_affine_scale, subnet_scale
-from .portable import most_lanes, unflatten
+from .backend import FlowCall, FlowResult, unflatten
+from .folded import Folded, fold_flow, global_affine_scale, subnet_scale
+from .hidden_bias import Bias, Chunk, DenseBias, GatheredBias
+from .portable import most_lanes
 
 # Activations are written to memory whatever the chunk, and larger chunks make fewer operations.
 LANE_ROWS = 512
@@ -29,8 +31,27 @@ MOST_LANES = 8
 MOST_SUM_BYTES = 8 * 2**20  # per layer
 
 
+def train(call: FlowCall) -> FlowResult:
+    """Return lp [N], log_det [N] and z [N, C] if asked, with gradients of x, a dense condition and the weights."""
+    call = call.gathered()
+    options, dense = call.options, call.dense
+    operands = call.dtype
+    if options.matmul_precision == "bfloat16" and call.dtype == torch.float32:
+        operands = torch.bfloat16
+    lp, log_det, z = FlowFunction.apply(
+        call.x.to(call.dtype),
+        None if dense is None else dense.to(call.dtype),
+        call.positions,
+        call.spec,
+        options.chunk_rows,
+        operands,
+        *call.weights,
+    )
+    return lp, log_det, z if options.return_z else None
+
+
 class Saved(NamedTuple):
-    """What one layer keeps of one chunk of L lanes of n rows for its backward: views of two blocks of memory."""
+    """Saved activations of one layer for one chunk of L lanes of n rows: views of two blocks of memory."""
 
     y: Tensor  # [L, C, n], [x1, x2 exp(s) + a_t]
     x2: Tensor  # [L, C2, n]
@@ -40,12 +61,12 @@ class Saved(NamedTuple):
 
     @staticmethod
     def elements_per_row(spec: FlowSpec) -> int:
-        """Of all but `hidden`."""
+        """Return the number of elements of all but `hidden`."""
         return spec.channels + 3 * spec.active_channels
 
     @staticmethod
     def of(state: Tensor, hidden: Tensor, chunk: Chunk, spec: FlowSpec) -> list[Saved]:
-        """The views of every layer; chunk after chunk and layer after layer lie side by side in both blocks."""
+        """Return the views of every layer; chunk after chunk and layer after layer lie side by side in both blocks."""
         rows, c2, layers = chunk.stop - chunk.start, spec.active_channels, spec.coupling_layers
 
         def by_layer(block: Tensor, per_row: int) -> Sequence[Tensor]:
@@ -90,12 +111,12 @@ class FlowFunction(torch.autograd.Function):
             here = slice(chunk.start, chunk.stop)
             layers = Saved.of(state.tensor, hidden.tensor, chunk, spec)
             latent = x.new_empty(layers[0].y.shape)
-            states = [*(kept.y for kept in layers), latent]
+            states = [*(saved.y for saved in layers), latent]
             states[0].transpose(1, 2).copy_(x[here].view(chunk.lanes, -1, spec.channels))
-            for layer, kept, following in zip(folded, layers, states[1:], strict=True):
-                bias.fill(layer, chunk, kept.hidden)
-                carry_keeping(layer, kept, following, spec)
-            sigmoid_sum = torch.stack([kept.sigmoid.sum(dim=1).view(-1) for kept in layers]).sum(dim=0)
+            for layer, saved, following in zip(folded, layers, states[1:], strict=True):
+                bias.fill(layer, chunk, saved.hidden)
+                carry_saving(layer, saved, following, spec)
+            sigmoid_sum = torch.stack([saved.sigmoid.sum(dim=1).view(-1) for saved in layers]).sum(dim=0)
             # sum(s) over all layers, with s = clamp (2 sigmoid - 1)
             scale_sum = sigmoid_sum.mul_(2 * spec.clamp).sub_(spec.clamp * spec.active_channels * len(folded))
             z[here], log_det[here] = latent.transpose(1, 2).reshape(-1, spec.channels), scale_sum.add_(log_g)
@@ -131,9 +152,9 @@ class FlowFunction(torch.autograd.Function):
                 d_latent.addcmul_(z[here].view(d_latent.shape), share, value=-1 / spec.channels)
             d_scale = d_det[here].view(chunk.lanes, 1, -1)
             segments = ctx.bias.segments(chunk) if isinstance(ctx.bias, GatheredBias) else None
-            kept, beta = Saved.of(state, hidden, chunk, spec), int(chunk.start > 0)
+            saved, beta = Saved.of(state, hidden, chunk, spec), int(chunk.start > 0)
             for index in reversed(range(len(folded))):
-                dx = gradients.accumulate(index, d_out, d_scale, kept[index], scratch, beta)
+                dx = gradients.accumulate(index, d_out, d_scale, saved[index], scratch, beta)
                 gradients.accumulate_bias(index, chunk, ctx.bias, segments, scratch)
                 scratch, d_out = scratch._replace(dy=d_out), dx
                 w1p = folded[index].w1p
@@ -147,7 +168,7 @@ class FlowFunction(torch.autograd.Function):
 
 
 def _lanes(spec: FlowSpec, x: Tensor) -> int:
-    """As many lanes as are quick: 8 up to some 300 channels, 2 at 512, 1 beyond 700."""
+    """Return the number of lanes that is quickest: 8 up to some 300 channels, 2 at 512, 1 beyond 700."""
     lanes = min(most_lanes(x.device), MOST_LANES)
     one = x.element_size() * spec.hidden_channels * (spec.passive_channels + 2 * spec.active_channels)
     while lanes > 1 and lanes * one > MOST_SUM_BYTES:
@@ -156,32 +177,32 @@ def _lanes(spec: FlowSpec, x: Tensor) -> int:
 
 
 def with_operands(layer: Folded, operands: torch.dtype) -> Folded:
-    """The layer with what the subnet multiplies in another type; the tables' sums are rounded where they are used."""
+    """Return the layer with the operands of its subnet in another type; sums of tables are rounded when used."""
     names = ("w1x", "bias", "w1p", "w2")
     return layer._replace(**{n: t.to(operands) for n in names if (t := getattr(layer, n)) is not None})
 
 
-def carry_keeping(
+def carry_saving(
     layer: Folded,
-    kept: Saved,  # holds the layer's input in y and the hidden bias in hidden; filled here
+    saved: Saved,  # holds the layer's input in y and the hidden bias in hidden; filled here
     following: Tensor,  # [L, C, n], filled with the next layer's input
     spec: FlowSpec,
 ) -> None:
-    """One coupling layer of a training step."""
+    """Apply one coupling layer of a training step."""
     c1, c2, lanes = spec.passive_channels, spec.active_channels, len(following)
-    passive = kept.y[:, :c1].to(kept.hidden.dtype)
-    kept.hidden.baddbmm_(passive.transpose(1, 2), layer.w1x.expand(lanes, -1, -1)).relu_()
-    a = torch.bmm(layer.w2.expand(lanes, -1, -1), kept.hidden.transpose(1, 2)).to(kept.y.dtype).add_(layer.b2)
-    torch.sigmoid(a[:, :c2], out=kept.sigmoid)
-    torch.mul(kept.sigmoid, 2 * spec.clamp, out=kept.scale).sub_(spec.clamp).exp_()
-    active = kept.y[:, c1:]
-    kept.x2.copy_(active)
-    torch.addcmul(a[:, c2:], kept.x2, kept.scale, out=active)  # y = [x1, x2 exp(s) + a_t], in place
-    layer.permute(kept.y, out=following)
+    passive = saved.y[:, :c1].to(saved.hidden.dtype)
+    saved.hidden.baddbmm_(passive.transpose(1, 2), layer.w1x.expand(lanes, -1, -1)).relu_()
+    a = torch.bmm(layer.w2.expand(lanes, -1, -1), saved.hidden.transpose(1, 2)).to(saved.y.dtype).add_(layer.b2)
+    torch.sigmoid(a[:, :c2], out=saved.sigmoid)
+    torch.mul(saved.sigmoid, 2 * spec.clamp, out=saved.scale).sub_(spec.clamp).exp_()
+    active = saved.y[:, c1:]
+    saved.x2.copy_(active)
+    torch.addcmul(a[:, c2:], saved.x2, saved.scale, out=active)  # y = [x1, x2 exp(s) + a_t], in place
+    layer.permute(saved.y, out=following)
 
 
 class Scratch(NamedTuple):
-    """The gradients of one chunk of L lanes of n rows within one layer, used by all layers."""
+    """Gradients of one chunk of L lanes of n rows within one layer, used by all layers."""
 
     dy: Tensor  # [L, C, n]
     product: Tensor  # [L, C, n]
@@ -199,7 +220,7 @@ class Scratch(NamedTuple):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total = beta * total + a b, batched; the sum is of total's type also where the operands are narrower."""
+    """Set total = beta * total + a b, batched; the sum is of total's type also where the operands are narrower."""
     if a.dtype == total.dtype:
         total.baddbmm_(a, b, beta=beta)
     elif beta:
@@ -209,7 +230,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 
 
 class Gradients:
-    """Gradients of the folded weights of all layers, summed over chunks, then carried back to the layers' own."""
+    """Gradients of the folded weights of all layers, summed over chunks, then those of the layers' own tensors."""
 
     def __init__(self, folded: Sequence[Folded], spec: FlowSpec, lanes: int) -> None:
         first, layers, c = folded[0], len(folded), spec.channels  # b2 is of the type of the sums
@@ -230,37 +251,37 @@ class Gradients:
         index: int,  # of the layer
         d_out: Tensor,  # [L, C, n]
         d_scale: Tensor,  # [L, 1, n], gradient of log_det
-        kept: Saved,
+        saved: Saved,
         scratch: Scratch,
         beta: int,  # 0 for the first chunk, 1 after it
     ) -> Tensor:
-        """Adds one chunk's gradients of one layer; returns dx [L, C, n], which lies in the scratch."""
+        """Add one chunk's gradients of one layer; return dx [L, C, n], which lies in the scratch."""
         c1, c2, lanes = self.spec.passive_channels, self.spec.active_channels, len(d_out)
         layer, (dy, product, da, d_hidden, _) = self.folded[index], scratch
         layer.permute_back(d_out, out=dy)  # out = W_perm (g y + offset)
         self.y_sum[index] += dy.sum(dim=(0, 2))
-        self.y_dot[index] += torch.mul(dy, kept.y, out=product).sum(dim=(0, 2))
+        self.y_dot[index] += torch.mul(dy, saved.y, out=product).sum(dim=(0, 2))
 
         # y2 = x2 exp(s) + a_t and s = clamp (2 sigmoid - 1)
         ds, dy2 = da[:, :c2], dy[:, c1:]
         da[:, c2:] = dy2
-        dx2 = dy2.mul_(kept.scale)
-        torch.addcmul(d_scale, dx2, kept.x2, out=ds)
-        torch.ops.aten.sigmoid_backward.grad_input(ds, kept.sigmoid, grad_input=ds).mul_(2 * self.spec.clamp)
+        dx2 = dy2.mul_(saved.scale)
+        torch.addcmul(d_scale, dx2, saved.x2, out=ds)
+        torch.ops.aten.sigmoid_backward.grad_input(ds, saved.sigmoid, grad_input=ds).mul_(2 * self.spec.clamp)
         self.b2[index] += da.sum(dim=(0, 2))
         da = da.to(d_hidden.dtype)
-        _add_product(self.w2[index, :lanes], da, kept.hidden, beta)
+        _add_product(self.w2[index, :lanes], da, saved.hidden, beta)
 
         torch.bmm(da.transpose(1, 2), layer.w2.expand(lanes, -1, -1), out=d_hidden)
-        torch.ops.aten.threshold_backward.grad_input(d_hidden, kept.hidden, 0, grad_input=d_hidden)
-        _add_product(self.w1x[index, :lanes], kept.y[:, :c1].to(d_hidden.dtype), d_hidden, beta)
+        torch.ops.aten.threshold_backward.grad_input(d_hidden, saved.hidden, 0, grad_input=d_hidden)
+        _add_product(self.w1x[index, :lanes], saved.y[:, :c1].to(d_hidden.dtype), d_hidden, beta)
         dy[:, :c1] += torch.bmm(layer.w1x.expand(lanes, -1, -1), d_hidden.transpose(1, 2))
         return dy
 
     def accumulate_bias(
         self, index: int, chunk: Chunk, bias: Bias, segments: tuple[Tensor, Tensor] | None, scratch: Scratch
     ) -> None:
-        """Adds one chunk's gradients of one layer's hidden bias, which `accumulate` has left in the scratch."""
+        """Add one chunk's gradients of one layer's hidden bias, which `accumulate` has left in the scratch."""
         d_hidden = scratch.d_hidden.view(-1, scratch.d_hidden.shape[2])  # [L * n, H]
         if isinstance(bias, GatheredBias):
             assert segments is not None
@@ -277,7 +298,7 @@ class Gradients:
         d_log_det: Tensor,  # scalar, sum over rows of the gradient of log_det
         positions: PositionalRows | None,
     ) -> list[Tensor | None]:
-        """The gradients of every layer's `CouplingWeights`, in their order; W_perm is fixed and gets None."""
+        """Return the gradients of every layer's `CouplingWeights`, in their order; W_perm is fixed and gets None."""
         global_scale = torch.stack([layer.global_scale for layer in layers]).to(self.b2.dtype)
         g, dg_dp = global_affine_scale(global_scale, self.spec.global_affine)
         scale = subnet_scale(self.spec, self.b2)

@@ -1,4 +1,4 @@
-// The flow on a CPU, forward and backward: what flow_native.py calls.
+// The flow on a CPU, forward and backward: called by ops/flow/compiled.py.
 //
 // A tile of rows goes through a coupling layer in the cache: its hidden activations (ten times as large as all that is
 // kept) are never written to memory. Of each layer and row only x, y2, exp(s) and ds/da are kept, 2.5 C numbers.

@@ -19,7 +19,7 @@ struct Layer {
 };
 
 extern "C" {
-// Of one call; the same in flow_native.py. What may be null is marked so.
+// Of one call; the same in ops/flow/compiled.py. What may be null is marked so.
 struct Job {
     Int channels, passive, hidden, layers;
     Int condition, width, height;  // channels of the positional condition and the size of the map, or 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.kernels.flow.weights import FlowWeights
 from fastbgad.ops import Geometry, MatmulPrecision, PositionalRows, pack_flow
-from fastbgad.ops.flow.registered import _flow_pack_fake, _plain_pack, flow_pack, stacked_codes
+from fastbgad.ops.flow.kernel_weights import fake_pack, flow_pack, plain_pack, stacked_codes
 from tests.flows import lively_flow, whole_error
 from tests.grids import grid, slow
 
@@ -40,7 +40,7 @@ def test_equals_plain_packing(
     channels, condition = shape
     spec = FlowSpec(channels, 0 if kind == "none" else condition, 2)
     call = arguments(spec, kind, precision, device)
-    packed, plain = FlowWeights(*flow_pack(*call)), FlowWeights(*_plain_pack(*call))
+    packed, plain = FlowWeights(*flow_pack(*call)), FlowWeights(*plain_pack(*call))
     for name, value, exact in zip(FlowWeights._fields, packed, plain, strict=True):
         assert value.shape == exact.shape, name
         assert value.dtype == exact.dtype, name
@@ -57,7 +57,7 @@ def test_equals_plain_packing(
 def test_global_affine(affine: str, device: torch.device) -> None:
     spec = FlowSpec(16, 0, 3, global_affine=affine)
     call = arguments(spec, "none", "float32", device)
-    packed, plain = FlowWeights(*flow_pack(*call)), FlowWeights(*_plain_pack(*call))
+    packed, plain = FlowWeights(*flow_pack(*call)), FlowWeights(*plain_pack(*call))
     assert torch.allclose(packed.affine, plain.affine, rtol=2e-6, atol=1e-9)
     assert torch.allclose(packed.log_g, plain.log_g, rtol=2e-6)
 
@@ -65,7 +65,7 @@ def test_global_affine(affine: str, device: torch.device) -> None:
 @pytest.mark.parametrize("kind", ["none", "positions", "dense"])
 def test_the_fake_has_the_shapes_of_the_kernel(kind: str, device: torch.device) -> None:
     call = arguments(FlowSpec(9, 0 if kind == "none" else 128, 2), kind, "float16", device)
-    for real, fake in zip(flow_pack(*call), _flow_pack_fake(*call), strict=True):
+    for real, fake in zip(flow_pack(*call), fake_pack(*call), strict=True):
         assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 

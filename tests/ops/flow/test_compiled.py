@@ -14,7 +14,7 @@ from fastbgad.errors import BackendError, ConfigError, FeatureError
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.model.flow import ConditionalFlow
 from fastbgad.ops import FlowOutput, Impl, PositionalRows, boundary, flow_forward, log_likelihood, score_map, spp_loss
-from fastbgad.ops.flow import compiled as flow_native
+from fastbgad.ops.flow import compiled
 from fastbgad.ops.native import build as native_build
 from tests.flows import budget, double, lively_flow, relative_error, whole_error
 
@@ -179,7 +179,7 @@ def test_same_threads_same_bits(threads: int, monkeypatch: pytest.MonkeyPatch) -
     runs = []
     for attempt in range(3):
         if attempt == 2:
-            monkeypatch.setattr(flow_native, "openmp_parallel", lambda: None)
+            monkeypatch.setattr(compiled, "openmp_parallel", lambda: None)
         flow = ConditionalFlow(FlowSpec(9, coupling_layers=2), seed=5, impl="native")
         lp = flow(x, positions).log_likelihood
         lp.sum().backward()
@@ -260,9 +260,9 @@ def test_frozen_flow_keeps_its_weights() -> None:
     flow.freeze()
     for impl in ("native", "auto"):
         assert torch.equal(flow(x, positions, impl=impl).log_likelihood, expected)
-    assert flow._kept is not None
-    (kept,) = flow._kept.values()
-    assert isinstance(kept, flow_native.NativeFlow)
+    assert flow._prepared is not None
+    (kept,) = flow._prepared.values()
+    assert isinstance(kept, compiled.CompiledWeights)
     with torch.no_grad():
         flow.module_list[0].global_scale += 1
     changed = flow(x, positions, impl="native").log_likelihood

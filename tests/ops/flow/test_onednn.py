@@ -11,14 +11,15 @@ from torch import Tensor
 
 from fastbgad import ConditionalFlow, PositionalRows, reference
 from fastbgad.flow_spec import FlowSpec
-from fastbgad.ops.flow import onednn as flow_packed
-from fastbgad.ops.flow.folded import FoldedFlow
-from fastbgad.ops.flow.onednn import PackedFlow, pack_products
+from fastbgad.ops.flow import onednn
+from fastbgad.ops.flow.backend import FlowCall, FlowOptions
+from fastbgad.ops.flow.folded import PortableWeights
+from fastbgad.ops.flow.onednn import OnednnWeights
 
 from ...flows import budget, double, lively_flow, relative_error
 
 HEIGHT, WIDTH = 5, 13
-needs_operators = pytest.mark.skipif(not flow_packed._has_operators(), reason="this PyTorch lacks oneDNN's operators")
+needs_operators = pytest.mark.skipif(not onednn._has_operators(), reason="this PyTorch lacks oneDNN's operators")
 
 
 def condition_of(kind: str, rows: int, channels: int) -> tuple[PositionalRows | None, Tensor | None]:
@@ -28,6 +29,12 @@ def condition_of(kind: str, rows: int, channels: int) -> tuple[PositionalRows | 
         index = torch.randint(0, HEIGHT * WIDTH, (rows,), generator=torch.Generator().manual_seed(1))
         return PositionalRows(HEIGHT, WIDTH, index, channels), None
     return None, torch.randn(rows, channels) if kind == "dense" else None
+
+
+def call_of(
+    x: Tensor, flow: ConditionalFlow, condition: PositionalRows | Tensor | None, return_z: bool = False
+) -> FlowCall:
+    return FlowCall(x, flow.weights(), flow.spec, condition, None, x.dtype, False, FlowOptions(return_z))
 
 
 @needs_operators
@@ -41,15 +48,16 @@ def condition_of(kind: str, rows: int, channels: int) -> tuple[PositionalRows | 
 def test_equals_the_oracle(
     channels: int, kind: str, rows: int, form: Any, hard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow_packed, "CHUNK_BYTES", 60_000)  # several chunks
+    monkeypatch.setattr(onednn, "CHUNK_BYTES", 60_000)  # several chunks
     spec = FlowSpec(channels, 0 if kind == "none" else 16, 3, clamp_form=form, hard_permutation=hard)
     flow = lively_flow(spec).requires_grad_(False)
     positions, dense = condition_of(kind, rows, 16)
     x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(rows))
-    packed = pack_products(flow.weights(), spec, positions, rows)
-    assert packed.serves(positions, torch.float32)
-    assert not packed.serves(positions, torch.float64)
-    lp, log_det, z = flow_packed.infer(x, packed, spec, positions, dense, True)
+    call = call_of(x, flow, dense if positions is None else positions, return_z=True)
+    weights = onednn.prepare(call)
+    assert weights.serves(positions, torch.float32)
+    assert not weights.serves(positions, torch.float64)
+    lp, log_det, z = onednn.infer(call, weights)
     exact_condition = positions.dense(rows, torch.float64, x.device) if positions is not None else dense
     exact_z, exact_det = reference.flow_forward(
         x.double(), double(flow.weights()), spec, None if exact_condition is None else exact_condition.double()
@@ -60,7 +68,7 @@ def test_equals_the_oracle(
     terms = spec.clamp * spec.active_channels * spec.coupling_layers
     assert rows == 0 or float((log_det.double() - exact_det).abs().max()) < slack * terms
     assert relative_error(lp, reference.log_likelihood(exact_z, exact_det)) < slack
-    without = flow_packed.infer(x, packed, spec, positions, dense, False)
+    without = onednn.infer(call_of(x, flow, call.condition), weights)
     assert without[2] is None
     assert torch.equal(without[0], lp)
 
@@ -70,11 +78,12 @@ def test_a_lost_row_touches_no_other() -> None:
     spec = FlowSpec(10, 16, 2)
     flow = lively_flow(spec).requires_grad_(False)
     positions, _ = condition_of("raster", 0, 16)
-    packed = pack_products(flow.weights(), spec, positions, HEIGHT * WIDTH)
     x = torch.randn(HEIGHT * WIDTH, 10)
-    expected = flow_packed.infer(x, packed, spec, positions, None, False)[0]
+    call = call_of(x, flow, positions)
+    weights = onednn.prepare(call)
+    expected = onednn.infer(call, weights)[0]
     x[7, 3] = math.nan
-    found = flow_packed.infer(x, packed, spec, positions, None, False)[0]
+    found = onednn.infer(call, weights)[0]
     assert found[7].isnan()
     others = torch.arange(len(x)) != 7
     assert torch.equal(found[others], expected[others])
@@ -87,28 +96,28 @@ def test_frozen_wide_flows_take_this_way(hard: bool) -> None:
     positions, _ = condition_of("raster", 0, 16)
     x = torch.randn(HEIGHT * WIDTH, 401)
     found = flow(x, positions, impl="torch").log_likelihood
-    assert flow._kept is not None
-    assert [type(kept) for kept in flow._kept.values()] == [PackedFlow]
+    assert flow._prepared is not None
+    assert [type(weights) for weights in flow._prepared.values()] == [OnednnWeights]
     exact = flow(x.double(), positions, impl="reference").log_likelihood
     assert relative_error(found, exact) < budget(torch.float32, 20)
     # float64 takes the other one
     flow(x.double(), positions, impl="torch")
-    assert [type(kept) for kept in flow._kept.values()] == [PackedFlow, FoldedFlow]
+    assert [type(weights) for weights in flow._prepared.values()] == [OnednnWeights, PortableWeights]
 
 
 def test_without_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow_packed, "_has_operators", lambda: False)
+    monkeypatch.setattr(onednn, "_has_operators", lambda: False)
     flow = ConditionalFlow(FlowSpec(401, 16, 1)).requires_grad_(False).freeze()
     positions, _ = condition_of("raster", 0, 16)
     flow(torch.randn(HEIGHT * WIDTH, 401), positions, impl="torch")
-    assert flow._kept is not None
-    assert [type(kept) for kept in flow._kept.values()] == [FoldedFlow]
+    assert flow._prepared is not None
+    assert [type(weights) for weights in flow._prepared.values()] == [PortableWeights]
 
 
 def test_operators_that_do_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow_packed._has_operators.cache_clear()
+    onednn._has_operators.cache_clear()
     try:
-        monkeypatch.setattr(flow_packed, "_product", lambda x, weight, bias: x @ weight.T)
-        assert not flow_packed._has_operators()
+        monkeypatch.setattr(onednn, "_product", lambda x, weight, bias: x @ weight.T)
+        assert not onednn._has_operators()
     finally:
-        flow_packed._has_operators.cache_clear()
+        onednn._has_operators.cache_clear()

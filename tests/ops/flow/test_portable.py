@@ -13,7 +13,7 @@ from fastbgad import reference
 from fastbgad.errors import ConfigError
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.ops import PositionalRows, flow_forward, reused_memory
-from fastbgad.ops.flow.folded import FEWEST_LANE_ROWS, Chunk, RasterBias, row_chunks
+from fastbgad.ops.flow.hidden_bias import FEWEST_LANE_ROWS, Chunk, RasterBias, row_chunks
 from tests.flows import budget, double, lively_flow, relative_error, whole_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -161,8 +161,8 @@ def test_frozen_flow_keeps_its_folded_weights() -> None:
     flow.freeze()
     for _ in range(2):
         assert torch.equal(flow(x, positions, impl="torch").log_likelihood, expected)
-    assert flow._kept is not None
-    assert len(flow._kept.values()) == 1
+    assert flow._prepared is not None
+    assert len(flow._prepared.values()) == 1
     with torch.no_grad():
         flow.module_list[0].global_scale += 1
     changed = flow(x, positions, impl="torch").log_likelihood

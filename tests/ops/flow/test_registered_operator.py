@@ -78,19 +78,19 @@ def test_frozen_flow(device: torch.device) -> None:
     expected = flow(x, positions, impl="triton").log_likelihood
     flow.freeze()
     assert torch.equal(flow(x, positions, impl="triton").log_likelihood, expected)
-    assert flow._kept is not None
-    (first,) = flow._kept.values()
+    assert flow._prepared is not None
+    (first,) = flow._prepared.values()
     flow(x, positions, impl="triton")
-    assert flow._kept.values()[0] is first
+    assert flow._prepared.values()[0] is first
     flow.module_list[0].global_scale += 1
     changed = flow(x, positions, impl="triton").log_likelihood
     assert not torch.equal(changed, expected)
     assert torch.allclose(changed, flow(x, positions, impl="torch").log_likelihood, rtol=1e-3)
     flow(x, positions, impl="torch")  # other implementations are not affected
     twin = copy.deepcopy(flow)
-    assert twin._kept.values() == []
+    assert twin._prepared.values() == []
     assert torch.equal(twin(x, positions, impl="triton").log_likelihood, changed)
-    assert flow.double()._kept.values() == []
+    assert flow.double()._prepared.values() == []
 
 
 def test_gradients_have_the_strides_of_the_fake(device: torch.device) -> None:
@@ -104,7 +104,7 @@ def test_gradients_have_the_strides_of_the_fake(device: torch.device) -> None:
 
     for gradient, of in zip(torch.autograd.grad(step(x), [x, *parameters]), [x, *parameters], strict=True):
         assert gradient.shape == of.shape
-    from fastbgad.ops.flow.registered import _flow_train_backward_fake, flow_train_backward
+    from fastbgad.ops.flow.registered import _fake_train_backward, flow_train_backward
 
     pack = pack_flow(problem.flow.weights(), problem.spec, Geometry.of(problem.condition, "float16"))
     assert isinstance(problem.condition, PositionalRows)
@@ -115,7 +115,7 @@ def test_gradients_have_the_strides_of_the_fake(device: torch.device) -> None:
     arguments = (
         x.detach(), pack.tensors, saved, lp.detach(), torch.ones_like(lp), None, None, *where, *shape, True
     )  # fmt: skip
-    for real, fake in zip(flow_train_backward(*arguments), _flow_train_backward_fake(*arguments), strict=True):
+    for real, fake in zip(flow_train_backward(*arguments), _fake_train_backward(*arguments), strict=True):
         assert real.shape == fake.shape
         assert real.stride() == fake.stride()
 
@@ -133,7 +133,7 @@ def test_a_condition_of_many_channels_goes_through_the_library(device: torch.dev
 def test_a_pack_of_another_geometry_is_refused(device: torch.device) -> None:
     problem = Problem("raster", 77, 8, device)
     pack = pack_flow(problem.flow.weights(), problem.spec, Geometry.of(PositionalRows(7, 11), "float16"))
-    with torch.no_grad(), pytest.raises(ConfigError, match="packed for"):
+    with torch.no_grad(), pytest.raises(ConfigError, match="prepared for"):
         problem.run(pack=pack)
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fastbgad.flow_spec import CouplingWeights
 from fastbgad.ops import MatmulPrecision, PositionalRows
-from fastbgad.ops.flow import wide as flow_wide
 from tests.flows import whole_error
-from tests.wide_flows import BUDGET, PRECISIONS, Case, interpreter_tiles
+from tests.wide_flows import BUDGET, PRECISIONS, Case, interpreter_tiles, run_wide
 
 
 @pytest.fixture(autouse=True)
@@ -210,9 +209,9 @@ def test_half_precision_features_and_weights(device: torch.device) -> None:
     case = Case(device, 20, 9, coupling_layers=2)
     weights = [CouplingWeights(*(tensor.detach().bfloat16() for tensor in layer)) for layer in case.weights]
     x = case.x.detach().bfloat16().requires_grad_()
-    lp, _, _ = flow_wide.forward(x, weights, case.spec, None, False, "float32")
+    lp, _, _ = run_wide(x, weights, case.spec, None, False, "float32")
     wide = [CouplingWeights(*(tensor.float() for tensor in layer)) for layer in weights]
-    expected, _, _ = flow_wide.forward(x.detach().float(), wide, case.spec, None, False, "float32")
+    expected, _, _ = run_wide(x.detach().float(), wide, case.spec, None, False, "float32")
     assert lp.dtype == torch.float32
     assert torch.equal(lp, expected)
     assert torch.autograd.grad(lp.sum(), [x])[0].dtype == torch.bfloat16
