@@ -64,7 +64,7 @@ WIDE = (
         "coupling_forward_kernel", "coupling_backward_kernel", "coupling_operand_kernel", "coupling_rows_kernel",
         "coupling_clear_kernel",
     },
-    "test_variants or chunks or unusable_rows or saturation",
+    "(test_variants and float16) or unusable_rows",
 )  # fmt: skip
 GROUPS = {"rows and maps": ROWS, "flow": FLOW, "wide flow": WIDE}
 # These look at operators and graphs, which dynamo cannot trace under -O; their kernels are those of the other tests.
