@@ -1,8 +1,6 @@
-"""One door per operation: check the input, choose the implementation, call it.
+"""One dispatcher per operation. It checks its input, chooses a backend, and calls it.
 
-`impl="auto"` takes the fastest implementation there is for the tensors given: "triton", the kernels, for CUDA tensors;
-else "native", compiled C++, for the flow where there is a compiler; else "torch", the portable fast path. "reference"
-is the oracle. An explicit choice never falls back silently.
+`impl="auto"` takes the fastest one for the tensors given; see `dispatch`. An explicit choice never falls back silently.
 """
 
 from .boundary.dispatcher import Boundary, boundary

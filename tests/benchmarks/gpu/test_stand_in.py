@@ -77,7 +77,7 @@ WIDE = (
         "coupling_rows_kernel",
         "coupling_clear_kernel",
     },
-    "test_variants or chunks or unusable_rows or saturation",
+    "(test_variants and float16) or unusable_rows",
 )
 GROUPS = {"rows and maps": ROWS, "flow": FLOW, "wide flow": WIDE}
 # These look at operators and graphs, which dynamo cannot trace under -O; their kernels are those of the other tests.
