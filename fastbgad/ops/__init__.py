@@ -1,7 +1,4 @@
-"""One dispatcher per operation. It checks its input, chooses a backend, and calls it.
-
-`impl="auto"` takes the fastest one for the tensors given; see `dispatch`. An explicit choice never falls back silently.
-"""
+"""One dispatcher per operation, which checks its input and calls a backend; see `dispatch` for `impl`."""
 
 from .boundary.dispatcher import Boundary, boundary
 from .debug import debug_checks

@@ -68,7 +68,7 @@ def why_not_native() -> str | None:
 
 
 def forget() -> None:
-    """Looks for a compiler anew at the next use."""
+    """Look for a compiler again at the next use."""
     with _lock:
         _outcome.library = _outcome.obstacle = None
 
@@ -100,7 +100,7 @@ def _load() -> ctypes.CDLL:
     compiler = find_compiler()
     target = _target(compiler)
     if target.is_file():
-        # what cannot be loaded (a full disk, a copied home folder) is made anew
+        # what cannot be loaded (a full disk, a copied home folder) is made again
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(target))
     _build(compiler, target)
