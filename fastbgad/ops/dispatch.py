@@ -1,8 +1,8 @@
 """The choice of a backend family by `impl`, and checks that all dispatchers share.
 
 `impl` is "auto", "torch" (the portable fast path), "native" (the same with the flow in compiled C++, on a CPU),
-"triton" (the kernels, on a GPU) or "reference" (the float64 reference). An explicit choice never falls back silently: it runs or
-it raises `BackendError`. "auto" takes the kernels for CUDA tensors they support, compiled C++ for the flows it serves
+"triton" (the kernels, on a GPU) or "reference" (plain PyTorch, equation by equation). An explicit choice never falls
+back silently: it runs or it raises `BackendError`. "auto" takes the kernels for CUDA tensors they support, compiled C++ for the flows it serves
 where there is a compiler, and the portable path everywhere else.
 """
 
