@@ -2,8 +2,8 @@
 
 `impl` is "auto", "torch" (the portable fast path), "native" (the same with the flow in compiled C++, on a CPU),
 "triton" (the kernels, on a GPU) or "reference" (plain PyTorch, equation by equation). An explicit choice never falls
-back silently: it runs or it raises `BackendError`. "auto" takes the kernels for CUDA tensors they support, compiled C++ for the flows it serves
-where there is a compiler, and the portable path everywhere else.
+back silently: it runs or it raises `BackendError`. "auto" takes the kernels for CUDA tensors they support, compiled C++
+for the flows it serves where there is a compiler, and the portable path everywhere else.
 """
 
 from __future__ import annotations
