@@ -34,7 +34,7 @@ from tests import ROOT
 
 
 def run_compiled(*command: str) -> subprocess.CompletedProcess[str]:
-    """In another process: this one may be interpreting kernels, and the two exclude each other."""
+    """Run a command in another process: this one may be interpreting kernels, and the two exclude each other."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
 
@@ -55,9 +55,8 @@ def test_the_readme_shows_the_budget() -> None:
     assert set(shown) == set(variants)
     for name, (registers, stack, shared, local, unit) in shown.items():
         needs = variants[name]["90"]
-        assert (int(registers), int(stack), int(shared), int(local)) == (
-            needs["registers"], needs["stack_bytes"], needs["shared_bytes"], 0
-        ), name  # fmt: skip
+        sizes = (needs["registers"], needs["stack_bytes"], needs["shared_bytes"], 0)
+        assert (int(registers), int(stack), int(shared), int(local)) == sizes, name
         assert unit == (needs["matrix_unit"] or "-"), name
 
 
@@ -118,9 +117,6 @@ def test_a_spill_in_a_loop_is_seen_on_every_architecture(tmp_path: Path) -> None
     assert all(found[arch, "4096"] > 0 for arch in ("80", "90", "100"))
 
 
-# --- reading the machine code ----------------------------------------------------------------------------------------
-
-
 def assembly(text: str) -> str:
     """A kernel as nvdisasm prints it: labels on lines of their own, addresses, and a loop that is never entered."""
     lines = re.split(r"\s*;\s*|(?<=:)\s+", f"{text}; EXIT; .L_x_99: BRA `(.L_x_99)")
@@ -158,8 +154,6 @@ CODE = {
 def test_local_memory_in_loops(text: str, expected: int) -> None:
     assert count_local_in_loops(assembly(text)) == expected
 
-
-# --- the rules -------------------------------------------------------------------------------------------------------
 
 GOOD = Resources(128, 0, 1024, 0, "HGMMA", 0)
 ENTRY = {"registers": 128, "stack_bytes": 0, "shared_bytes": 1024, "matrix_unit": "HGMMA"}
@@ -230,9 +224,6 @@ def test_tables() -> None:
         "| kernel | sm_90 | 128 | 0 | 1024 | 0 | HGMMA |",
         "| kernel | sm_90 | - | - | - | - | - |",
     ]
-
-
-# --- where the gate cannot run ---------------------------------------------------------------------------------------
 
 
 def test_refuses_to_run_in_the_interpreter(monkeypatch, capsys) -> None:
