@@ -15,7 +15,7 @@ from .results import short
 
 VARIANTS = variants.__name__
 
-# The entries with the longest running times, in this order: the finest level has most rows. All others follow.
+# The entries that matter most to users, in this order: the finest level has most rows. All others follow.
 MOST_VALUABLE = (
     ("flow_forward", "C64 float16 raster"),
     ("flow_backward", "C64 float16"),

@@ -1,4 +1,4 @@
-"""Kept tensors: complete before another stream or a graph reads them, and there for as long as a graph reads them."""
+"""Cached tensors: complete before another stream or a graph reads them, and there for as long as a graph reads them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_captured_steps_read_tables_that_stay(captures_on_cpu: FakeCuda) -> None
 
 
 def test_eager_tables_are_dropped() -> None:
-    """What no graph reads does not pile up."""
+    """Entries that no graph reads do not pile up."""
     table = weakref.ref(addresses((1, 2, 3), CPU))
     for i in range(300):
         addresses((i, i, i), CPU)

@@ -37,7 +37,7 @@ from tests.grids import covering
 
 
 def run_compiled(*command: str, names: str = "") -> subprocess.CompletedProcess[str]:
-    """In another process: this one may be interpreting kernels, and the two exclude each other."""
+    """Run a command in another process: this one may be interpreting kernels, and the two exclude each other."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     command = (sys.executable, *command)
@@ -60,9 +60,8 @@ def test_the_readme_shows_the_budget() -> None:
     assert set(shown) == set(variants)
     for name, (registers, stack, shared, local, unit) in shown.items():
         needs = variants[name]["90"]
-        assert (int(registers), int(stack), int(shared), int(local)) == (
-            needs["registers"], needs["stack_bytes"], needs["shared_bytes"], 0
-        ), name  # fmt: skip
+        sizes = (needs["registers"], needs["stack_bytes"], needs["shared_bytes"], 0)
+        assert (int(registers), int(stack), int(shared), int(local)) == sizes, name
         assert unit == (needs["matrix_unit"] or "-"), name
 
 
@@ -165,9 +164,6 @@ def test_a_spill_in_a_loop_is_seen_on_every_architecture(tmp_path: Path) -> None
     assert all(found[arch, "4096"] > 0 for arch in ("80", "90", "100"))
 
 
-# --- reading the machine code ----------------------------------------------------------------------------------------
-
-
 def assembly(text: str) -> str:
     """A kernel as nvdisasm prints it: labels on lines of their own, addresses, and a loop that is never entered."""
     lines = re.split(r"\s*;\s*|(?<=:)\s+", f"{text}; EXIT; .L_x_99: BRA `(.L_x_99)")
@@ -205,8 +201,6 @@ CODE = {
 def test_local_memory_in_loops(text: str, expected: int) -> None:
     assert count_local_in_loops(assembly(text)) == expected
 
-
-# --- the rules -------------------------------------------------------------------------------------------------------
 
 GOOD = Resources(128, 0, 1024, 0, "HGMMA", 0)
 ENTRY = {"registers": 128, "stack_bytes": 0, "shared_bytes": 1024, "matrix_unit": "HGMMA"}
@@ -277,9 +271,6 @@ def test_tables() -> None:
         "| kernel | sm_90 | 128 | 0 | 1024 | 0 | HGMMA |",
         "| kernel | sm_90 | - | - | - | - | - |",
     ]
-
-
-# --- where the gate cannot run ---------------------------------------------------------------------------------------
 
 
 def test_refuses_to_run_in_the_interpreter(monkeypatch, capsys) -> None:

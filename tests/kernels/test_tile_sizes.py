@@ -142,8 +142,6 @@ def test_the_configs_are_resources_of_the_package() -> None:
     assert json.loads((files("fastbgad.kernels") / "configs" / "default.json").read_text())
 
 
-# --- the tuning command ----------------------------------------------------------------------------------------------
-
 SLOW, FAST, WRONG, FAILING = (
     {"TH": 4, "TW": 4, "num_warps": 1},
     {"TH": 8, "TW": 16, "num_warps": 1},
@@ -241,7 +239,7 @@ def test_no_time_and_no_candidate(device: torch.device) -> None:
 
 
 def test_the_most_valuable_entries_come_first() -> None:
-    """Whatever ends a tuning, what users wait for most is done; all others follow."""
+    """Whenever a tuning ends, the entries that matter most are done; all others follow."""
     entries = [(case.kernel, case.key) for case in tune.collect(MODULES)]
     assert tuple(entries[: len(tune.MOST_VALUABLE)]) == tune.MOST_VALUABLE
     assert len(set(entries)) == len(entries) > len(tune.MOST_VALUABLE)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def arguments(spec: FlowSpec, kind: str, precision: MatmulPrecision, device: torch.device) -> tuple:
-    """What the operator and its plain form are called with."""
+    """Return the arguments of the operator and of its plain form."""
     flow = lively_flow(spec).to(device)
     with torch.no_grad():  # where softplus is tiny, and where it is linear
         flow.module_list[0].global_scale[0, :2] = torch.tensor([-30.0, 60.0])
@@ -86,7 +86,7 @@ def test_weights_of_other_types_are_packed_plainly(device: torch.device) -> None
 
 
 def test_addresses_follow_the_tensors(device: torch.device) -> None:
-    """The table of addresses is kept, the values behind them are read anew."""
+    """The table of addresses is kept, the values behind them are read again."""
     spec = FlowSpec(8, 128, 2)
     geometry = Geometry.of(PositionalRows(3, 4), "float32")
     flow = lively_flow(spec).to(device)
