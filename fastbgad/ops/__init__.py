@@ -1,8 +1,8 @@
-"""One door per operation: check the input, choose the implementation, call it.
+"""One dispatcher per operation: check the input, choose the implementation, call it.
 
-`impl="auto"` takes the fastest implementation there is for the tensors given: "triton", the kernels, for CUDA tensors;
-else "native", compiled C++, for the flow where there is a compiler; else "torch", the portable fast path. "reference"
-is the oracle. An explicit choice never falls back silently.
+`impl="auto"` takes the fastest implementation for the given tensors: "triton", the kernels, for CUDA tensors; else
+"native", compiled C++, for the flow if there is a compiler; else "torch", the portable fast path. "reference" is what
+the others are tested against. An explicit choice never falls back silently.
 """
 
 from .boundary.dispatcher import Boundary, boundary

@@ -256,16 +256,8 @@ def _launch_backward(
             if again is not None:
                 carry(chunk, again, spec, saved, None)
                 saved.clear(lost[here])
-            d_chunk = carry_back(
-                chunk,
-                stacked,
-                spec,
-                saved,
-                upstream.part(here, scale),
-                gradients,
-                d_dense[here] if need_dense else None,
-                need_x,
-            )
+            part, d_condition = upstream.part(here, scale), d_dense[here] if need_dense else None
+            d_chunk = carry_back(chunk, stacked, spec, saved, part, gradients, d_condition, need_x)
             if d_chunk is not None:
                 d_x[here] = d_chunk
         # log_det adds sum(log g) per row
