@@ -1,18 +1,20 @@
 # Everything runs in .venv, which these targets make; only python3, git and make need to be there.
 #
 #   make demo            train and report on photographs, about four minutes on two cores
-#   make test            all tests
+#   make test            the tests, a quarter of an hour on two cores; ARGS="-m 'not slow and not interpreter'" is quicker
+#   make test-slow       the tests that `make test` leaves out
+#   make test-all        both
 #   make test-lowest     some of them with the oldest versions that pyproject.toml allows; five minutes on two cores
 #   make test-newest     the same with the newest release of everything
 #   make check           ruff and mypy
 #   make bench           the benchmarks, side by side with FrEIA, anomalib and scikit-learn; a quarter of an hour
-#   make bench-check     has anything become slower? a minute or two
-#   make bench-update    measure anew what bench-check compares with
-#   make bench-page      benchmarks/README.md from the figures that were kept
+#   make bench-check     compare speed with what was measured before; a minute or two
+#   make bench-update    measure again what bench-check compares with
+#   make bench-page      write benchmarks/README.md from the figures that were kept
 #   make gpu             on a CUDA GPU: every kernel checked, timed and tuned; eight minutes
 #   make gpu-carry       what `make gpu` carries to a machine without a network: compiled kernels; needs no GPU
 #   make gpu-rehearsal   the Python side of `make gpu` on such a machine's versions; needs no GPU
-#   make resources       what every kernel needs of the chip, checked against its budget; needs no GPU
+#   make resources       check what every kernel needs of the chip against its budget; needs no GPU
 #
 # Without a GPU, PyTorch's CPU wheels save several GB:
 #   make test TORCH_INDEX=<the CPU index URL shown by the "Get Started" page of pytorch.org>
@@ -29,15 +31,23 @@ PIP_QUIET := --quiet --disable-pip-version-check
 FROM_INDEX = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_QUIET) --constraint constraints.txt
 
-.PHONY: demo test test-lowest test-newest check bench bench-check bench-update bench-ratios bench-page gpu gpu-carry \
+.PHONY: demo test test-slow test-all test-lowest test-newest check bench bench-check bench-update bench-ratios bench-page gpu gpu-carry \
 	gpu-rehearsal resources clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
 
 # Tests use one thread each, so every core runs some of them: a file at a time, since its tests share what is expensive.
+# tests/conftest.py says which files come first.
+PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/installed
+	$(BIN)/python $(PYTEST) -m slow $(ARGS)
+
+test-all: $(VENV)/installed
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 # Every operation, its kernels in Triton's interpreter, training, files, export and the command line, once each.
 QUICK := test_installation.py test_lower_bounds.py kernels/test_triton_version.py ops/flow/test_dispatcher.py \
@@ -50,8 +60,7 @@ QUICK := test_installation.py test_lower_bounds.py kernels/test_triton_version.p
 	data/test_images.py data/test_demo.py system/test_files.py model/test_detector.py train/test_fit.py \
 	predict/test_local.py predict/test_ray.py export/test_detector.py evaluate/test_report.py render/test_plots.py \
 	cli/test_parser.py compat/freia/test_anomalib_cflow.py
-PYTEST_QUICK := -m pytest -n auto --dist loadfile --no-loadscope-reorder -rs \
-	--deselect tests/export/test_detector.py::test_aoti $(QUICK:%=tests/%)
+PYTEST_QUICK := $(PYTEST) -rs -m "not slow" $(QUICK:%=tests/%)
 
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python $(PYTEST_QUICK) $(ARGS)

@@ -49,7 +49,7 @@ else:
 
 
 def run(name: str, category: str, seed: int, data: Path) -> EngineResult:
-    """One training of BGAD: three meta epochs of two sub-epochs, anomalies synthesised anew in every pass.
+    """Train BGAD once: three meta epochs of two sub-epochs, new synthesized anomalies in every pass.
 
     Batches are the official ones of 32 images: with fewer, the plain loop never trains the coarsest level.
     """

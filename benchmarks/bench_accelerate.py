@@ -25,7 +25,7 @@ from harness import DEVICE, FREIA, FREIA_COMPILED, Comparison, Contender, Skippe
 from torch import Tensor
 
 import fastbgad
-from fastbgad.compat.bgad import functions as bgad
+from fastbgad.compat import bgad
 from fastbgad.flow_spec import FlowSpec
 from tests.flows import freia_flow, relative_error, whole_error
 from tests.official_loop import CHUNK_ROWS, plain, train_level

@@ -30,7 +30,7 @@ Boundary = Callable[[Tensor, Tensor], Tensor]
 # One size at a time: the rows of one comparison go when the next one makes its own.
 @lru_cache(maxsize=1)
 def make_rows(rows: int) -> tuple[Tensor, Tensor, float]:
-    """lp float32 [rows], anomalous bool [rows] with one row in ten, and the oracle's b_n."""
+    """Return lp float32 [rows], anomalous bool [rows] with one row in ten, and the reference's b_n."""
     generator = torch.Generator().manual_seed(rows)
     lp = torch.randn(rows, generator=generator).to(DEVICE)
     anomalous = (torch.rand(rows, generator=generator) < 0.1).to(DEVICE)

@@ -86,14 +86,14 @@ class Level:
         return self.ours(self.x, self.positions, impl=impl).log_likelihood
 
     def exact(self, rows: int) -> tuple[Tensor, list[CouplingWeights]]:
-        """The oracle's log-likelihood of the first rows, in float64, and the weights it used."""
+        """Return the reference's log-likelihood of the first rows, in float64, and the weights that it used."""
         layers = double(self.ours.weights())
         condition = self.positions.dense(len(self.x), torch.float64, self.x.device)[:rows]
         z, log_det = reference.flow_forward(self.x[:rows].double(), layers, self.spec, condition)
         return reference.log_likelihood(z, log_det), layers
 
     def prepare(self, name: str) -> Callable[[], Tensor]:
-        """What computes the log-likelihoods of all rows; raises `SkippedError` where it cannot."""
+        """Return a call that computes the log-likelihoods of all rows; raise `SkippedError` if it cannot run."""
         if name == KERNELS:
             kernels_or_skip()
         if name == NATIVE:
@@ -162,7 +162,7 @@ def training_step(name: str, make: Callable[[], Level], contenders: Sequence[str
 
 
 def gradient_error(case: Level, flow: Any, call: Callable[[], Tensor]) -> float:
-    """Largest error of a gradient against the oracle's, each parameter as a whole."""
+    """Return the largest error of a gradient against the reference's, each parameter as a whole."""
     lp, layers = case.exact(len(case.x))
     (-logsigmoid(lp)).mean().backward()
     flow.zero_grad()
@@ -171,9 +171,13 @@ def gradient_error(case: Level, flow: Any, call: Callable[[], Tensor]) -> float:
     for block, exact in zip(flow.module_list, layers, strict=True):
         first, second = block.subnet[0], block.subnet[2]
         pairs = (
-            (first.weight, exact.w1), (first.bias, exact.b1), (second.weight, exact.w2), (second.bias, exact.b2),
-            (block.global_scale, exact.global_scale), (block.global_offset, exact.global_offset),
-        )  # fmt: skip
+            (first.weight, exact.w1),
+            (first.bias, exact.b1),
+            (second.weight, exact.w2),
+            (second.bias, exact.b2),
+            (block.global_scale, exact.global_scale),
+            (block.global_offset, exact.global_offset),
+        )
         for parameter, truth in pairs:
             assert parameter.grad is not None
             assert truth.grad is not None

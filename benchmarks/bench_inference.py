@@ -38,7 +38,7 @@ TOLERANCE, HALF_TOLERANCE = {PORTABLE: 1e-4, OFFICIAL: 1e-4, KERNELS: 1e-3}, 0.2
 
 
 class Pipelines:
-    """The same detector three times: official arithmetic, oracle, fastbgad."""
+    """The same detector three times: official arithmetic, reference, fastbgad."""
 
     def __init__(self, backbone: str, size: int, batch: int) -> None:
         self.size = size

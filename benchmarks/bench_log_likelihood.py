@@ -41,7 +41,7 @@ def make_rows(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def exact(rows: int) -> tuple[Tensor, ...]:
-    """The oracle's values and gradients, in float64."""
+    """Return the reference's values and gradients, in float64."""
     z, log_det, upstream = (tensor.detach().double() for tensor in make_rows(rows))
     return values_and_gradients(reference.log_likelihood, z.requires_grad_(), log_det.requires_grad_(), upstream)
 

@@ -156,7 +156,7 @@ def official_part(data: Maps) -> None:
 
 @lru_cache(maxsize=1)
 def official_loop_error(pixels: int) -> float:
-    """How far the loop and fastbgad's `official_pro` are apart, both with so many thresholds as are timed."""
+    """Return the difference of the loop and `fastbgad.official_pro`, both with as many thresholds as are timed."""
     data, steps = make_maps(pixels), STEPS // PART
     return abs(official_loop(data, steps) - official_pro(*data, limit=1.0, steps=steps))
 

@@ -52,7 +52,7 @@ def make_levels(pixels: int, batch: int) -> Levels:
 
 @lru_cache(maxsize=1)
 def exact(pixels: int, batch: int) -> Tensor:
-    """The oracle's map, float64 [B, pixels, pixels]."""
+    """Return the reference's map, float64 [B, pixels, pixels]."""
     levels = make_levels(pixels, batch)
     return reference.score_map([lp.double() for lp in levels.lp], (pixels, pixels), levels.level_max.double(), OFFSET)
 

@@ -43,7 +43,7 @@ def make_rows(rows: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def exact(rows: int) -> tuple[Tensor, ...]:
-    """The oracle's gradient and terms, in float64."""
+    """Return the reference's gradient and terms, in float64."""
     lp, anomalous = make_rows(rows)
     return forward_backward(plain(), lp.double(), anomalous)
 

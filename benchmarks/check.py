@@ -1,12 +1,12 @@
-"""Has fastbgad become slower? Ratios to FrEIA or the oracle in the same run, held against the ratios of this machine.
+"""Check for slowdowns: ratios to FrEIA or the reference in the same run, against the stored ones of this machine.
 
     make bench-check      python benchmarks/check.py check            compare, under four minutes on two cores
-    make bench-update     python benchmarks/check.py update           measure anew what later checks compare with
+    make bench-update     python benchmarks/check.py update           measure the ratios that later checks compare with
                           python benchmarks/check.py measure --out F  the ratios alone, for `compare`
                           python benchmarks/check.py compare A B      two such files, as CI does for base and head
 
-Absolute times say more about a machine's other guests than about the code; the ratio to a contender that is timed in
-turn does not. A comparison fails when its ratio is below the stored band in two measurements in a row.
+Absolute times depend on the machine's other load; the ratio to a contender that is timed in turn hardly does. A
+comparison fails when its ratio is below the stored band in two measurements in a row.
 Exit status: 0 nothing is slower, 1 something is, 2 the question cannot be answered (no baseline, a contender failed).
 """
 
@@ -31,9 +31,17 @@ from fastbgad.system.files import write_json  # noqa: E402
 
 BASELINES = Path(__file__).parent / "baselines"
 SUITES = (
-    "bench_flow", "bench_spp_loss", "bench_score_map", "bench_log_likelihood", "bench_boundary", "bench_metrics",
-    "bench_backbone", "bench_inference", "bench_training", "bench_accelerate",
-)  # fmt: skip
+    "bench_flow",
+    "bench_spp_loss",
+    "bench_score_map",
+    "bench_log_likelihood",
+    "bench_boundary",
+    "bench_metrics",
+    "bench_backbone",
+    "bench_inference",
+    "bench_training",
+    "bench_accelerate",
+)
 ANY_CPU = "any-cpu"  # what holds on every CPU: floors, for machines without a baseline of their own
 UPDATE_REPEATS = 3
 # The largest share by which a ratio may fall before it counts: 30 % more time is 23 % less.
@@ -48,7 +56,7 @@ class UnansweredError(Exception):
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than the baseline contender fastbgad is."""
+    """Speed of fastbgad relative to the baseline contender."""
 
     speed: float
     ours: str
@@ -70,13 +78,13 @@ class Verdict:
 
 
 def tracked_comparisons() -> list[Comparison]:
-    """What is followed, from all suites."""
+    """Return the comparisons that are tracked, from all suites."""
     found = [comparison for suite in SUITES for comparison in importlib.import_module(suite).comparisons()]
     return [comparison for comparison in found if comparison.track]
 
 
 def ratio_of(comparison: Comparison) -> Ratio:
-    """Measures one comparison, only with its baseline and ours."""
+    """Measure one comparison, only with its baseline and ours."""
     quick = dataclasses.replace(comparison, memory=False)
     result = measure(quick, only=(comparison.baseline, *comparison.ours))
     entries = result["contenders"]
@@ -127,7 +135,7 @@ def check(
     baseline: Mapping[str, Mapping[str, Any]],
     measure_ratio: Callable[[Comparison], Ratio] = ratio_of,
 ) -> list[Verdict]:
-    """Holds every comparison against its baseline; one that looks slower is measured again at once.
+    """Compare every ratio with its stored one, and measure again at once where one looks slower.
 
     Raises:
         UnansweredError: a comparison has no stored ratio, or its contenders are not those of the baseline.
@@ -180,8 +188,11 @@ def update(
         spread = 2 * max(abs(speed - middle) for speed in speeds) / middle
         band = min(LARGEST_BAND, max(comparison.band, spread))
         found[comparison.name] = {
-            "speed": round(middle, 3), "band": round(band, 3), "ours": ratios[0].ours, "against": ratios[0].against
-        }  # fmt: skip
+            "speed": round(middle, 3),
+            "band": round(band, 3),
+            "ours": ratios[0].ours,
+            "against": ratios[0].against,
+        }
         print(f"{comparison.name}: {', '.join(f'{speed:.2f}x' for speed in speeds)}; band {band:.0%}", flush=True)
         if spread > LARGEST_BAND:
             print(f"  the repeats differ by more than the largest band ({LARGEST_BAND:.0%}): is the machine busy?")

@@ -25,12 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def official(request: pytest.FixtureRequest) -> str | None:
-    """Where the official code lies, if its user has it."""
+    """Return the folder of the official code, if it is given."""
     return request.config.getoption("--official")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """Names the GPU, which pytest-benchmark leaves out, and leaves out the host's name."""
+    """Add the GPU, which pytest-benchmark leaves out, and remove the host's name."""
     machine_info.update(kind=harness.machine_kind(), where=harness.where(), node="")
 
 

@@ -18,7 +18,7 @@ STAGES = ((3, 1, 1, 32, 3), (3, 2, 6, 40, 6), (5, 2, 6, 72, 6), (3, 2, 6, 144, 8
 
 
 class Chip(NamedTuple):
-    """How fast a chip is at best, whether its data sheet says so or a measurement."""
+    """Best rates of a chip, from its data sheet or from a measurement."""
 
     name: str
     flops_per_second: float  # of dense float16 matrix products
@@ -35,12 +35,12 @@ CHIPS = (
 
 
 def floor_seconds(flops: float, bytes_: float, chip: Chip) -> float:
-    """Seconds below which no implementation with that much work can come: arithmetic and traffic at best overlap."""
+    """Return a lower bound of the seconds for so much work; at best, arithmetic and traffic overlap."""
     return max(flops / chip.flops_per_second, bytes_ / chip.bytes_per_second)
 
 
 def limited_by_memory(flops: float, bytes_: float, chip: Chip) -> bool:
-    """Whether the traffic takes longer than the arithmetic."""
+    """Return True if the traffic takes longer than the arithmetic."""
     return bytes_ / chip.bytes_per_second > flops / chip.flops_per_second
 
 

@@ -1,15 +1,14 @@
-"""What every benchmark goes through: check each contender, time those that are right side by side, keep the figures.
+"""Measurements of every benchmark: check each contender, time the correct ones side by side, keep the figures.
 
-A `Comparison` names its contenders and how each is prepared. `measure` prepares them, compares each with the oracle and
-times the ones that pass, one call of each in turn. A contender that differs is reported as failed and never timed; one
-that cannot take part here is reported as skipped, with the reason.
+A `Comparison` names its contenders and how each is prepared. `measure` prepares them, compares each with the reference
+and times the ones that pass, one call of each in turn. A contender that differs is reported as failed and never timed.
+One that cannot take part here is reported as skipped, with the reason.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.checkout import commit_of
 from interleave import interleaved, medians, ratios
 
 from fastbgad.bench.memory import peak_bytes
@@ -38,7 +38,7 @@ class SkippedError(Exception):
 
 @dataclass
 class Contender:
-    """What is timed, and how far it is from the truth.
+    """A call to time, and its error.
 
     Attributes:
         call: one run.
@@ -85,7 +85,7 @@ class Comparison:
 def measure(
     comparison: Comparison, only: tuple[str, ...] | None = None, ready: dict[str, Contender] | None = None
 ) -> dict[str, Any]:
-    """Prepares, checks and times the contenders (or `only` some); the result is fit for JSON.
+    """Prepare, check and time the contenders (or `only` some), and return a result that fits JSON.
 
     `ready` is filled with the contenders that were timed.
 
@@ -131,19 +131,23 @@ def measure(
             peak = peak_bytes(calls[name], DEVICE)
             entry["peak_mib"] = None if peak is None else peak / 2**20
     return {
-        "name": comparison.name, "baseline": comparison.baseline, "sizes": comparison.sizes,
-        "images": comparison.images, "rounds": comparison.rounds, "contenders": entries,
-    }  # fmt: skip
+        "name": comparison.name,
+        "baseline": comparison.baseline,
+        "sizes": comparison.sizes,
+        "images": comparison.images,
+        "rounds": comparison.rounds,
+        "contenders": entries,
+    }
 
 
 def tracked(comparison: Comparison, result: Mapping[str, Any]) -> str | None:
-    """The contender of ours whose ratio counts: the last one that was timed."""
+    """Return the contender of ours whose ratio counts: the last one that was timed."""
     timed = [name for name in comparison.ours if "speed" in result["contenders"].get(name, {})]
     return timed[-1] if timed else None
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as plain text."""
+    """Return the result as plain text."""
     entries: Mapping[str, Mapping[str, Any]] = result["contenders"]
     width = max(len(name) for name in ("contender", *entries))
     lines = [
@@ -166,7 +170,7 @@ recorded: list[dict[str, Any]] = []  # of this pytest run; conftest.py writes th
 
 
 def run(comparison: Comparison, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """The body of a benchmark: measures, prints the table, hands our contender to pytest-benchmark.
+    """Measure a comparison, print the table, and hand our contender to pytest-benchmark: the body of a benchmark.
 
     A contender of ours that fails fails the benchmark, after the table was printed.
     """
@@ -188,7 +192,7 @@ def run(comparison: Comparison, benchmark: Any, capsys: pytest.CaptureFixture[st
 
 
 def where() -> str:
-    """The machine in a few words."""
+    """Return the machine in a few words."""
     facts = machine()
     if DEVICE.type == "cuda":
         return facts["gpu"]
@@ -196,7 +200,7 @@ def where() -> str:
 
 
 def machine_kind() -> str:
-    """What ratios depend on, as a file name: the GPU, or the processor's generation and the threads in use."""
+    """Return the part of the machine that ratios depend on, as a file name: the GPU, or the processor and threads."""
     if DEVICE.type == "cuda":
         return _slug(torch.cuda.get_device_name())
     capability = torch.backends.cpu.get_cpu_capability()
@@ -204,26 +208,26 @@ def machine_kind() -> str:
 
 
 def _generation() -> str:
-    """Family and model of an x86 processor: virtual machines hide the rest of its name. Empty elsewhere."""
+    """Return family and model of an x86 processor: virtual machines hide the rest of its name. Empty elsewhere."""
     facts = cpu_facts()
     return f"{facts.get('cpu family', '')} {facts.get('model', '')}" if facts else ""
 
 
 def stamped(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The result with when, with what and on what it was measured."""
-    found = versions()
+    """Return the result with date, commit, machine and versions."""
+    installed = versions()
     peers = ("torch", "numpy", "triton", "timm")
     return {
         **result,
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "machine": where(),
-        "versions": {name: found[name] for name in peers if name in found},
+        "versions": {name: installed[name] for name in peers if name in installed},
     }
 
 
 def cpu_ceilings() -> dict[str, float]:
-    """What this CPU reaches at best: bytes a copy reads and writes, and operations of a float32 product, a second."""
+    """Measure the best rates of this CPU: bytes per second of a copy, operations per second of a float32 product."""
     source = torch.zeros(64 << 20)
     target = torch.empty_like(source)
     a, b = torch.randn(2, 2048, 2048)
@@ -235,7 +239,7 @@ def cpu_ceilings() -> dict[str, float]:
 
 
 def kernels_or_skip() -> None:
-    """Raises `SkippedError` where Triton's kernels cannot be timed."""
+    """Raise `SkippedError` where Triton's kernels cannot be timed."""
     if DEVICE.type != "cuda":
         raise SkippedError("the kernels need a CUDA GPU")
     reason = why_not_triton(torch.empty(0, device=DEVICE))
@@ -244,26 +248,28 @@ def kernels_or_skip() -> None:
 
 
 def native_or_skip() -> None:
-    """Raises `SkippedError` where compiled C++ cannot be timed."""
+    """Raise `SkippedError` where compiled C++ cannot be timed."""
     reason = "compiled C++ runs on a CPU" if DEVICE.type == "cuda" else why_not_native()
     if reason is not None:
         raise SkippedError(reason)
 
 
 def implementations(ours: Callable[[Impl], Callable[..., Any]]) -> dict[str, Callable[[], Callable[..., Any]]]:
-    """fastbgad's contenders of an operation, name -> function that prepares one; `ours` makes the call of an `impl`."""
+    """Return fastbgad's contenders of an operation, name -> function that prepares one; `ours(impl)` gives the call."""
 
     def kernels() -> Callable[..., Any]:
         kernels_or_skip()
         return ours("triton")
 
     return {
-        PORTABLE: lambda: ours("torch"), PORTABLE_COMPILED: lambda: compiled(ours("torch")), KERNELS: kernels,
-    }  # fmt: skip
+        PORTABLE: lambda: ours("torch"),
+        PORTABLE_COMPILED: lambda: compiled(ours("torch")),
+        KERNELS: kernels,
+    }
 
 
 def compiled(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same call under torch.compile; raises `SkippedError` where there is no compiler for it."""
+    """Return the call under torch.compile; raise `SkippedError` where there is no compiler for it."""
     import shutil
 
     if DEVICE.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
@@ -272,12 +278,8 @@ def compiled(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    commit, changed = commit_of(RESULTS.parents[1])
+    return f"{commit}-dirty" if changed else commit
 
 
 def _slug(text: str) -> str:

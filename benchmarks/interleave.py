@@ -19,7 +19,7 @@ def interleaved(
     warmup: int = 1,
     synchronize: Callable[[], object] | None = None,
 ) -> Times:
-    """Calls every contender once per round, in turn.
+    """Call every contender once per round, in turn.
 
     Args:
         contenders: name -> function without arguments.

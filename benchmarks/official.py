@@ -32,7 +32,7 @@ class OfficialCode(NamedTuple):
 
 @cache
 def load(path: str) -> OfficialCode:
-    """Imports two files of the checkout at `path`, each by itself: its packages import much more than they need here.
+    """Import two files of the checkout at `path`, each by itself, since its packages import much more than is needed.
 
     Raises:
         SkippedError: a file, a package it imports or a function is missing; or NumPy is 1.24 to 1.26.

@@ -1,4 +1,4 @@
-"""The official BGAD's engine re-stated, from image files to metrics, and the same run by `fastbgad.fit`.
+"""The official BGAD's engine restated, from image files to metrics, and the same run by `fastbgad.fit`.
 
 Every sub-epoch reads each image from its file again, synthesises the anomalies anew, and runs the encoder; each chunk
 of 4096 rows goes through FrEIA's flow with the encoding of every row, then through the losses of
@@ -23,7 +23,7 @@ from fastbgad.backbones import Backbone
 from fastbgad.config import TrainConfig
 from fastbgad.data import AnomalySynthesis, AugmentedAnomalies, DecodedImages, Split, load_sample
 from fastbgad.evaluate.metrics import evaluate
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import ImageFeatures, ImageReading, StoreOptions
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.model import BGAD
 from fastbgad.model.calibration import stored_log_likelihoods
@@ -36,7 +36,7 @@ from tests.official_loop import LAMBDA, loss_terms, patch_rows, plain
 
 @dataclass
 class EngineResult:
-    """What a run took, in seconds, and found.
+    """Seconds and results of a run.
 
     Attributes:
         training: seconds of training, features included.
@@ -73,9 +73,8 @@ def fast_engine(model: BGAD, split: Split, config: TrainConfig) -> EngineResult:
         images,
         split.normals,
         spare_slots(config, known),
-        device=model.device,
-        batch_size=batch,
-        cell_labels=config.anomalies.cell_labels,
+        store=StoreOptions(device=model.device, cell_labels=config.anomalies.cell_labels),
+        reading=ImageReading(batch_size=batch),
     )
     labels = np.array([sample.label for sample in split.test], dtype=bool)
 

@@ -1,7 +1,7 @@
-"""Writes the performance page, benchmarks/README.md with its pictures, from the result files; never edit it by hand.
+"""Write the performance page, benchmarks/README.md with its pictures, from the result files; never edit it by hand.
 
     make bench-page       python benchmarks/page.py            write the page
-                          python benchmarks/page.py --check    exit status 1 if the page is not what would be written
+                          python benchmarks/page.py --check    exit status 1 if the page does not fit the result files
 
 The same result files give the same bytes. Exit status 2: a result file is damaged.
 """
@@ -9,7 +9,6 @@ The same result files give the same bytes. Exit status 2: a result file is damag
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +28,10 @@ from floors import (  # noqa: E402
     limited_by_memory,
     training_flops,
 )
+from page_output import differences, table, write_files  # noqa: E402
 from page_plots import Family, Line, families, lines, picture  # noqa: E402
 from page_sources import PageError, Source, read_sources  # noqa: E402
 from roofline import LEVELS, flow_bytes, flow_flops, image_bytes, image_flops  # noqa: E402
-
-from fastbgad.system.files import write_text  # noqa: E402
 
 RESOLUTIONS = (256, 512, 1024, 2048, 4096)
 KERNELS = "fastbgad triton"
@@ -46,26 +44,31 @@ UNMEASURED = """\
 | peak memory of a training step, against FrEIA's autograd | not yet measured |"""
 
 
-# ---------------------------------------------------------------- the page
-
-
 def page(sources: Sequence[Source]) -> dict[str, str]:
-    """The files of the page: README.md and pictures/*.svg, name -> content."""
+    """Return the files of the page, README.md and pictures/*.svg, name -> content."""
     pictures: dict[str, str] = {}
     sections = [
         HEAD,
         *roofline_section(sources),
         *measured_section(sources),
         *plot_section(
-            sources, pictures, "median_ms", "How times grow", "median milliseconds",
+            sources,
+            pictures,
+            "median_ms",
+            "How times grow",
+            "median milliseconds",
             "Medians of interleaved calls; both axes are logarithmic.",
         ),
         *plot_section(
-            sources, pictures, "peak_mib", "Memory", "peak memory in MiB",
+            sources,
+            pictures,
+            "peak_mib",
+            "Memory",
+            "peak memory in MiB",
             "What one call takes at its peak, beyond what is allocated before it; both axes are logarithmic.",
         ),
         *unmeasured_section(sources),
-    ]  # fmt: skip
+    ]
     return {"README.md": "\n\n".join(sections) + "\n", **pictures}
 
 
@@ -121,7 +124,7 @@ def roofline_section(sources: Sequence[Source]) -> Iterator[str]:
     for chip, origin in zip(chips, origins, strict=True):
         rates = [_significant(1e-12 * rate) for rate in (chip.flops_per_second, chip.bytes_per_second)]
         rows.append([_plain(chip.name), *rates, f"{chip.flops_per_second / chip.bytes_per_second:.0f}", origin])
-    yield _table(header, rows, left=(0, 4))
+    yield table(header, rows, left=(0, 4))
     yield "Published rates are those of dense float16 products, measured ones of a large product and a large copy."
     header = ["image", "C", "patches", "GFLOP", "MB", "FLOP per byte", *(f"{_plain(chip.name)}, µs" for chip in chips)]
     rows, marked = [], False
@@ -138,7 +141,7 @@ def roofline_section(sources: Sequence[Source]) -> Iterator[str]:
             figures = (_significant(1e-9 * flops), _significant(1e-6 * bytes_), f"{flops / bytes_:.0f}")
             row = [f"{pixels} px", channels, str(count), *figures, *cells]
             rows.append([f"**{cell}**" for cell in row] if channels == "all" else row)
-    yield _table(header, rows)
+    yield table(header, rows)
     if marked:
         yield "† limited by the memory; all others by the matrix products."
     else:
@@ -150,19 +153,21 @@ def roofline_section(sources: Sequence[Source]) -> Iterator[str]:
         step, their_step = training_flops(1, c), freia_training_flops(1, c)
         ratios = [f"{theirs / ours:.2f}", f"{their_step / step:.2f}"]
         rows.append([str(c), str(ours), str(theirs), ratios[0], str(step), str(their_step), ratios[1]])
-    yield _table(["C", "inference, FLOP", "FrEIA's", "ratio", "training, FLOP", "FrEIA's", "ratio"], rows)
+    yield table(["C", "inference, FLOP", "FrEIA's", "ratio", "training, FLOP", "FrEIA's", "ratio"], rows)
     yield "The backbone, tf_efficientnet_b6 cut off after its third level, beside the flow:"
-    yield _table(
+    yield table(
         ["image", "backbone, GFLOP", "flow, GFLOP", "backbone's share", "FrEIA's flow, GFLOP"],
         [
             [
-                f"{pixels} px", _significant(1e-9 * backbone_flops(pixels)), _significant(1e-9 * image_flops(pixels)),
+                f"{pixels} px",
+                _significant(1e-9 * backbone_flops(pixels)),
+                _significant(1e-9 * image_flops(pixels)),
                 f"{backbone_share(pixels):.0%}",
                 _significant(1e-9 * sum(freia_flops((pixels // stride) ** 2, c) for c, stride in LEVELS)),
             ]
             for pixels in RESOLUTIONS
         ],
-    )  # fmt: skip
+    )
     yield "The arithmetic is in `benchmarks/roofline.py` and `benchmarks/floors.py`."
 
 
@@ -207,7 +212,7 @@ def _comparison(result: Mapping[str, Any], facts: str) -> Iterator[str]:
             ]
             for name, entry in timed.items()
         ]
-        yield _table(["contender", *(title for title, _, _ in columns)], rows)
+        yield table(["contender", *(title for title, _, _ in columns)], rows)
     for how in ("failed", "skipped"):
         reasons = [f"{_plain(name)} ({_plain(entry[how])})" for name, entry in entries.items() if how in entry]
         if reasons:
@@ -220,17 +225,17 @@ def _comparison(result: Mapping[str, Any], facts: str) -> Iterator[str]:
 
 
 def _facts(result: Mapping[str, Any]) -> str:
-    """When and with what, as far as the file says."""
-    found = [str(result["date"])] if result.get("date") else []
-    found += [f"commit {result['commit']}"] if result.get("commit") else []
-    found += [f"{name} {version}" for name, version in (result.get("versions") or {}).items()]
-    return _plain(", ".join(found))
+    """Return date, commit and versions, if the file holds them."""
+    facts = [str(result["date"])] if result.get("date") else []
+    facts += [f"commit {result['commit']}"] if result.get("commit") else []
+    facts += [f"{name} {version}" for name, version in (result.get("versions") or {}).items()]
+    return _plain(", ".join(facts))
 
 
 def plot_section(
     sources: Sequence[Source], pictures: dict[str, str], figure: str, title: str, unit: str, about: str
 ) -> Iterator[str]:
-    """A section with a picture for every family that has this figure; the pictures are added to `pictures`."""
+    """Yield a section with a picture for every family that has this figure, and add the pictures to `pictures`."""
     yield f"## {title}"
     blocks = []
     for source in sources:
@@ -285,7 +290,7 @@ def unmeasured_section(sources: Sequence[Source]) -> Iterator[str]:
             never[reason] = never.get(reason, 0) + 1
     if never:
         yield "Contenders without a time on any machine:"
-        yield _table(
+        yield table(
             ["contender", "comparisons", "reason"],
             [[_plain(name), str(count), _plain(reason)] for (name, reason), count in never.items()],
             left=(0, 2),
@@ -294,23 +299,15 @@ def unmeasured_section(sources: Sequence[Source]) -> Iterator[str]:
         yield "No result file names the best rates of its machine yet, so floors are those of published rates."
 
 
-# ---------------------------------------------------------------- text
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    rule = ["---" if column in left else "---:" for column in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
-
-
 def _plain(text: str) -> str:
-    """Text as it stands, whatever Markdown would make of it."""
+    """Return text with the characters escaped that have a meaning in Markdown."""
     text = " ".join(str(text).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
 def _significant(value: float) -> str:
-    """About three digits, without powers of ten."""
+    """Return a number with about three digits, without powers of ten."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -318,38 +315,8 @@ def _significant(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-# ---------------------------------------------------------------- writing and checking
-
-
-def differences(files: Mapping[str, str], folder: Path) -> list[str]:
-    """What in the folder is not as it would be written, one line each."""
-    found = []
-    for name, content in files.items():
-        path = folder / name
-        if not path.exists():
-            found.append(f"{name} is missing")
-            continue
-        there = path.read_bytes().decode("utf-8", errors="replace")
-        if there != content:
-            pairs = difflib.unified_diff(there.split("\n"), content.split("\n"), lineterm="", n=0)
-            first = next((line for line in pairs if re.match(r"[-+](?![-+]{2} )", line)), "")
-            found.append(f"{name} differs, first at: {first[:200]}")
-    pictures = folder / "pictures"
-    extra = sorted(path.name for path in pictures.iterdir()) if pictures.is_dir() else []
-    return found + [f"pictures/{name} does not belong to the page" for name in extra if f"pictures/{name}" not in files]
-
-
-def write(files: Mapping[str, str], folder: Path) -> None:
-    """Writes the page, and removes pictures that it no longer has."""
-    for name, content in files.items():
-        write_text(folder / name, content)
-    for path in (folder / "pictures").glob("*.svg"):
-        if f"pictures/{path.name}" not in files:
-            path.unlink()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, 1 if `--check` found a difference, 2 if a result file is damaged."""
+    """Run the command line; return 0, 1 if `--check` found a difference, 2 if a result file is damaged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
@@ -361,12 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.check:
-        found = differences(files, options.folder)
+        found = differences(files, options.folder, "pictures/*")
         if found:
             listed = "\n".join(f"  {line}" for line in found)
             print(f"error: the performance page is out of date; run `make bench-page`:\n{listed}", file=sys.stderr)
         return int(bool(found))
-    write(files, options.folder)
+    write_files(files, options.folder, "pictures/*.svg")
     print(f"wrote README.md and {len(files) - 1} pictures")
     return 0
 

@@ -25,9 +25,13 @@ FEWEST = 3  # points that make a picture
 # Dark enough for text on white; the marks tell lines apart as well. Cool ones for fastbgad's contenders, warm ones and
 # grey for all others; those that take part almost everywhere have the same one in every picture.
 COLORS = {
-    "fastbgad torch": "#0072b2", "fastbgad triton": "#009e73", "fastbgad torch compiled": "#6a51a3",
-    "FrEIA 0.2 eager": "#d55e00", "FrEIA 0.2 compiled": "#a86f00", "oracle float32": "#666666",
-}  # fmt: skip
+    "fastbgad torch": "#0072b2",
+    "fastbgad triton": "#009e73",
+    "fastbgad torch compiled": "#6a51a3",
+    "FrEIA 0.2 eager": "#d55e00",
+    "FrEIA 0.2 compiled": "#a86f00",
+    "oracle float32": "#666666",
+}
 OTHER_OURS, OTHERS = ("#332288", "#2a8c7c", "#3d7ea6", "#117733"), ("#b5477a", "#8c564b", "#aa4499", "#76761a")
 MARKERS = "os^Dv<>p*"
 # In points, 72 to the inch; a browser shows the picture 700 of its pixels wide.
@@ -164,9 +168,14 @@ def picture(family: Family, drawn: Sequence[Line], unit: str) -> str:
             # from the last point to the name, which may have had to move, or whose line may end early
             start = _share(line.x[-1], (left, right))
             axes.plot(
-                [start, 1 + 8 / wide], [end, height], transform=axes.transAxes, color=color, linewidth=0.6,
-                linestyle=(0, (2, 2)), clip_on=False,
-            )  # fmt: skip
+                [start, 1 + 8 / wide],
+                [end, height],
+                transform=axes.transAxes,
+                color=color,
+                linewidth=0.6,
+                linestyle=(0, (2, 2)),
+                clip_on=False,
+            )
             axes.text(1 + 10 / wide, height, name, transform=axes.transAxes, color=color, va="center_baseline")
         head = {"color": "#222222", "transform": figure.transFigure}
         axes.text(8 / WIDTH, 1 - 15 / HEIGHT, family.title, fontsize=10.5, fontweight="bold", **head)
@@ -178,7 +187,7 @@ def picture(family: Family, drawn: Sequence[Line], unit: str) -> str:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Heights between 0 and 1 near the wanted ones, in the same order, at least `gap` apart as far as there is room."""
+    """Return heights in [0, 1] near the wanted ones, in the same order, at least `gap` apart if there is room."""
     gap = min(gap, 1 / max(1, len(wanted) - 1))
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     placed = [min(max(wanted[index], 0.0), 1.0) for index in order]
@@ -224,7 +233,7 @@ def _labels(values: Sequence[int], wide: float, limits: tuple[float, float]) -> 
 
 
 def _share(value: float, limits: tuple[float, float]) -> float:
-    """Where on a logarithmic axis a value lies, from 0 to 1."""
+    """Return the position of a value on a logarithmic axis, from 0 to 1."""
     return math.log(value / limits[0]) / math.log(limits[1] / limits[0])
 
 

@@ -1,4 +1,4 @@
-"""Reads result files for the performance page, whichever command wrote them."""
+"""Result files for the performance page, whichever command wrote them."""
 
 from __future__ import annotations
 
@@ -114,13 +114,17 @@ def _case(case: Mapping[str, Any]) -> dict[str, Any]:
         made.update({"of_floor": entry["fraction_of_floor"]} if "fraction_of_floor" in entry else {})
     rounds = next((entry["rounds"] for entry in case.get("contenders", {}).values() if "rounds" in entry), None)
     return {
-        "name": case["name"], "baseline": case.get("baseline"), "sizes": {}, "rounds": rounds, "contenders": contenders,
+        "name": case["name"],
+        "baseline": case.get("baseline"),
+        "sizes": {},
+        "rounds": rounds,
+        "contenders": contenders,
         **({"refused": case["refused"]} if "refused" in case else {}),
-    }  # fmt: skip
+    }
 
 
 def _check(result: Mapping[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError for what cannot be shown."""
+    """Raise KeyError, TypeError or ValueError for a result that cannot be shown."""
     if not isinstance(result["name"], str):
         raise TypeError(f"the name {result['name']!r} is no text")
     where = result["name"]

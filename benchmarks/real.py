@@ -40,26 +40,36 @@ def parser() -> argparse.ArgumentParser:
         "--seeds", nargs="+", type=int, metavar="N", help="of split and training (0 1 2; with --convergence 0)"
     )
     what.add_argument(
-        "--features", nargs="+", default=list(FEATURES), metavar="NAME",
+        "--features",
+        nargs="+",
+        default=list(FEATURES),
+        metavar="NAME",
         help="gabor, lite0, lite2 or a timm backbone, whose features are whitened; with -channel standardized channel "
         "by channel, with -raw left as they are, with -sharp not averaged over neighbors (gabor lite0)",
-    )  # fmt: skip
+    )
     what.add_argument("--image-size", nargs="+", type=int, default=[256], metavar="PIXELS", help="side (256)")
     what.add_argument(
-        "--schedule", nargs="+", default=["demo"], choices=["demo", "short", "official"],
+        "--schedule",
+        nargs="+",
+        default=["demo"],
+        choices=["demo", "short", "official"],
         help="of fastbgad's methods: a preset of 8 or of 24 passes, or the paper's 200 (demo)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--peer-epochs", type=int, default=20, metavar="N",
+        "--peer-epochs",
+        type=int,
+        default=20,
+        metavar="N",
         help="of CFA and SuperSimpleNet, whose authors take 30 and 300 (%(default)s)",
-    )  # fmt: skip
+    )
     what.add_argument("--only", default="", metavar="TEXT", help="runs whose result's path contains this")
     how = made.add_argument_group("how")
     how.add_argument(
-        "--weights", default="package",
+        "--weights",
+        default="package",
         help="of timm backbones: package (those of a Python package), random, pretrained (the hub's) or a .safetensors "
         "file, in whose name {features} stands for lite0, lite2, ... (%(default)s)",
-    )  # fmt: skip
+    )
     how.add_argument("--threads", type=int, help="threads of the arithmetic, one loader beside (PyTorch's choice)")
     how.add_argument("--dry-run", action="store_true", help="list the missing runs and end")
     how.add_argument("--convergence", action="store_true", help="instead: BGAD measured after every meta epoch")
@@ -80,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from real_sets.command import run_command, write_page
 
-    from fastbgad.errors import FastBGADError
-    from fastbgad.train.fit import InterruptedTraining
+    from fastbgad.errors import FastBGADError, InterruptedTraining
 
     try:
         return write_page(options) if options.page else run_command(options)

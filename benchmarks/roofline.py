@@ -1,4 +1,4 @@
-"""How much arithmetic and memory traffic the flow needs, whatever computes it: what measured times are held against."""
+"""Arithmetic and memory traffic that the flow needs in any implementation."""
 
 from __future__ import annotations
 

@@ -42,9 +42,16 @@ def main() -> None:
     datamodule = with_known_anomalies(images, options.anomalies, repeat=1)
     # Settings of fastbgad's demo: a short schedule with a high learning rate, for textures.
     model = Bgad(
-        options.backbone, coupling_layers=4, lr=1e-3, lr_floor=1e-2, meta_epochs=4, warmup_epochs=1, cut_paste=4,
-        cell_labels="any", pre_processor=Bgad.configure_pre_processor((options.image_size, options.image_size)),
-    )  # fmt: skip
+        options.backbone,
+        coupling_layers=4,
+        lr=1e-3,
+        lr_floor=1e-2,
+        meta_epochs=4,
+        warmup_epochs=1,
+        cut_paste=4,
+        cell_labels="any",
+        pre_processor=Bgad.configure_pre_processor((options.image_size, options.image_size)),
+    )
     engine = Engine(max_epochs=options.epochs, default_root_dir=options.out, devices=1)
     engine.train(model, datamodule=datamodule)
 

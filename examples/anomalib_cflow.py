@@ -46,9 +46,12 @@ def main() -> None:
         datamodule = MVTecAD(folder.parent, folder.name, **common)
     size = (options.image_size, options.image_size)
     model = Cflow(
-        options.backbone, ("layer1", "layer2", "layer3"), pre_trained=options.pretrained, coupling_blocks=4,
+        options.backbone,
+        ("layer1", "layer2", "layer3"),
+        pre_trained=options.pretrained,
+        coupling_blocks=4,
         pre_processor=Cflow.configure_pre_processor(size),
-    )  # fmt: skip
+    )
     fastbgad.accelerate(model)  # training is faster, too
     engine = Engine(max_epochs=1, default_root_dir=options.out, devices=1, limit_train_batches=8)
     engine.fit(model, datamodule=datamodule)

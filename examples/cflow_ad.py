@@ -47,9 +47,14 @@ def freia_decoder(channels: int) -> torch.nn.Module:
     flow = Ff.SequenceINN(channels)
     for _ in range(8):
         flow.append(
-            Fm.AllInOneBlock, cond=0, cond_shape=(CONDITION,), subnet_constructor=subnet, affine_clamping=1.9,
-            global_affine_type="SOFTPLUS", permute_soft=True,
-        )  # fmt: skip
+            Fm.AllInOneBlock,
+            cond=0,
+            cond_shape=(CONDITION,),
+            subnet_constructor=subnet,
+            affine_clamping=1.9,
+            global_affine_type="SOFTPLUS",
+            permute_soft=True,
+        )
     return flow.eval()
 
 

@@ -59,9 +59,14 @@ def freia_decoder(args: SimpleNamespace, channels: int) -> torch.nn.Module:
     flow = Ff.SequenceINN(channels)
     for _ in range(args.coupling_layers):
         flow.append(
-            Fm.AllInOneBlock, cond=0, cond_shape=(args.pos_embed_dim,), subnet_constructor=subnet,
-            affine_clamping=args.clamp_alpha, global_affine_type="SOFTPLUS", permute_soft=True,
-        )  # fmt: skip
+            Fm.AllInOneBlock,
+            cond=0,
+            cond_shape=(args.pos_embed_dim,),
+            subnet_constructor=subnet,
+            affine_clamping=args.clamp_alpha,
+            global_affine_type="SOFTPLUS",
+            permute_soft=True,
+        )
     return fastbgad.accelerate(flow)
 
 
@@ -109,9 +114,16 @@ def main() -> None:
     options = parser.parse_args()
 
     args = SimpleNamespace(
-        flow_arch="conditional_flow_model", coupling_layers=8, clamp_alpha=1.9, pos_embed_dim=128, pos_beta=0.05,
-        margin_tau=0.1, normalizer=10, bgspp_lambda=1.0, img_size=2 * (options.image_size,),
-    )  # fmt: skip
+        flow_arch="conditional_flow_model",
+        coupling_layers=8,
+        clamp_alpha=1.9,
+        pos_embed_dim=128,
+        pos_beta=0.05,
+        margin_tau=0.1,
+        normalizer=10,
+        bgspp_lambda=1.0,
+        img_size=2 * (options.image_size,),
+    )
     torch.manual_seed(0)
     category = fastbgad.open_category(options.data)
     split = fastbgad.split_known_anomalies(category, options.anomalies)

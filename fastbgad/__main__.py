@@ -6,23 +6,21 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .errors import FastBGADError, Notice
+from .errors import FastBGADError, InterruptedTraining, Notice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for wrong input or configuration, 130 after Ctrl-C."""
-    # Imported late: Ctrl-C and a missing extra during the imports get their message too.
+    """Run a command and return its exit code: 0, 2 for wrong input or configuration, 130 after Ctrl-C."""
+    # Imported here, so that a missing extra gets its message too.
     try:
-        from .cli import commands
         from .cli.parser import parse
-        from .train.fit import InterruptedTraining
     except FastBGADError as error:
         print(f"fastbgad: {error}", file=sys.stderr)
         return 2
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return commands.run(parse(sys.argv[1:] if arguments is None else arguments))
+            return parse(sys.argv[1:] if arguments is None else arguments).run()
     except InterruptedTraining as interruption:
         print(f"\nfastbgad: {interruption}", file=sys.stderr)
         return 130
@@ -38,10 +36,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
     if not issubclass(category, Notice):
         print(f"fastbgad: warning: {message}", file=sys.stderr)
         return
-    from .system.ranks import find_place
+    from .system.ranks import find_rank
 
-    # Processes that were started together make the same choice; one of them tells.
-    if find_place().is_first:
+    # Processes that were started together make the same choice: one of them prints it.
+    if find_rank().is_first:
         print(f"fastbgad: note: {message}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""What can be chosen about a run: frozen dataclasses, checked when made, readable from Python and the command line.
+"""Options of a run: frozen dataclasses that check their values, for Python and for the command line.
 
 The defaults are the official ones but for the weights of the levels in the anomaly map; `--preset official` has equal
 weights, too. `short_preset` is for real photographs on a CPU, `demo_preset` for small textures.
@@ -6,10 +6,11 @@ weights, too. `short_preset` is for real photographs on a CPU, `demo_preset` for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from .errors import ConfigError
+from .errors import ConfigError, check_choice
 from .flow_spec import ClampForm, FlowSpec, GlobalAffine
 from .ops import MlForm, Reduction
 from .ops.boundary.dispatcher import check_boundary_options
@@ -46,11 +47,16 @@ class FlowConfig:
     """Permute channels after every coupling layer, as anomalib does by default, instead of rotating them."""
 
     def spec(self, channels: int) -> FlowSpec:
-        """The flow of a level with this many channels."""
+        """Return the flow of a level with this many channels."""
         return FlowSpec(
-            channels, self.condition_channels, self.coupling_layers, self.clamp, self.clamp_form, self.global_affine,
+            channels,
+            self.condition_channels,
+            self.coupling_layers,
+            self.clamp,
+            self.clamp_form,
+            self.global_affine,
             self.hard_permutation,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,13 @@ class LossConfig:
         check_boundary_options(self.beta, self.tau, self.normalizer)
         if self.lam < 0:
             raise ConfigError(f"lam is {self.lam}; the weight of a loss term cannot be negative")
-        for name, value, choices in (("ml_form", self.ml_form, MlForm), ("reduction", self.reduction, Reduction)):
-            if value not in get_args(choices):
-                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
+        check_choice("ml_form", self.ml_form, MlForm)
+        check_choice("reduction", self.reduction, Reduction)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long and how fast to train. A pass sees every training image once; sub_epochs passes make a meta epoch."""
+    """The training schedule. A pass sees every training image once; sub_epochs passes make a meta epoch."""
 
     meta_epochs: int = 25
     """Meta epochs; the first trains on normal images with maximum likelihood alone."""
@@ -92,7 +97,7 @@ class ScheduleConfig:
     batch_size: int = 32
     """Images whose patches are shuffled together."""
     chunk_rows: int = 4096
-    """Patches per optimiser step; the last chunk of a batch may be smaller, none is dropped."""
+    """Patches per optimizer step; the last chunk of a batch may be smaller, none is dropped."""
     lr: float = 2e-4
     """Peak learning rate of Adam."""
     lr_floor: float = 1e-3
@@ -116,19 +121,19 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class AnomalyConfig:
-    """How many labelled anomalies are known, and what is made of them."""
+    """The labeled anomalies that are known, and what is synthesized from them."""
 
     num_anomalies: int = 10
     """Known anomalies drawn from the test set, which they then leave."""
     per_type: bool = False
     """Draw num_anomalies of every defect type instead of in total."""
     repeat: int = 5
-    """How often a pass sees each known anomaly as it is (repeated utilisation)."""
+    """How often a pass sees each known anomaly as it is (repeated utilization)."""
     cut_paste: int = 5
     """How many RandAugment CutPaste images a pass makes from each known anomaly."""
     cell_labels: CellLabels = "nearest"
-    """Which cells of a feature map count as anomalous: nearest: those whose sampled pixel is, as the official code;
-    any: those with any anomalous pixel, so that defects thinner than a cell do not train as normal."""
+    """Patches that count as anomalous. nearest: those whose sampled pixel is, as in the official code; any: those with
+    any anomalous pixel, so that defects thinner than a patch do not train as normal."""
     refresh: int = 1
     """Make new CutPaste images every so many passes; the official code does in every pass."""
 
@@ -136,23 +141,20 @@ class AnomalyConfig:
         for name in ("num_anomalies", "repeat", "cut_paste"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")
-        if self.cell_labels not in get_args(CellLabels):
-            raise ConfigError(f"cell_labels is {self.cell_labels!r}; choose one of {', '.join(get_args(CellLabels))}")
+        check_choice("cell_labels", self.cell_labels, CellLabels)
         if self.refresh < 1:
             raise ConfigError(f"refresh is {self.refresh}; it must be at least 1")
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How log-likelihoods become the anomaly map. Training does not depend on it; it is part of the trained model."""
+    """Options of the anomaly map. Training does not depend on them; they are part of the trained model."""
 
     level_weights: LevelWeights = "channels"
     """channels: levels count in proportion to their channels; equal: all alike, as in the official code."""
 
     def __post_init__(self) -> None:
-        if self.level_weights not in get_args(LevelWeights):
-            choices = ", ".join(get_args(LevelWeights))
-            raise ConfigError(f"level_weights is {self.level_weights!r}; choose one of {choices}")
+        check_choice("level_weights", self.level_weights, LevelWeights)
 
 
 @dataclass(frozen=True)
@@ -171,21 +173,20 @@ class TrainConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def __post_init__(self) -> None:
-        if self.method not in METHOD_NAMES:
-            raise ConfigError(f"method is {self.method!r}; choose one of {', '.join(METHOD_NAMES)}")
+        check_choice("method", self.method, METHOD_NAMES)
 
     @property
     def uses_anomalies(self) -> bool:
-        """Whether the method trains on labelled anomalies."""
+        """True for methods that train on labeled anomalies."""
         return self.method in ("bgad", "bgad_dagger")
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested plain values, for JSON."""
+        """Return nested plain values, for JSON."""
         return asdict(self)
 
 
 def demo_preset(method: Method = "bgad", seed: int = 0) -> TrainConfig:
-    """A short schedule with a higher learning rate and half the coupling layers, for textures on a CPU."""
+    """Return a short schedule with a higher learning rate and half the coupling layers, for textures on a CPU."""
     return TrainConfig(
         method=method,
         seed=seed,
@@ -196,7 +197,7 @@ def demo_preset(method: Method = "bgad", seed: int = 0) -> TrainConfig:
 
 
 def short_preset(method: Method = "bgad", seed: int = 0) -> TrainConfig:
-    """Three times the demo's passes: minutes on a CPU for a set of some hundred photographs.
+    """Return a schedule with three times the demo's passes: minutes on a CPU for some hundred photographs.
 
     benchmarks/REAL.md has its accuracy on real photographs; features must be standardized for so few passes.
     """
@@ -204,7 +205,7 @@ def short_preset(method: Method = "bgad", seed: int = 0) -> TrainConfig:
     return replace(demo, schedule=replace(demo.schedule, meta_epochs=12))
 
 
-PRESETS = {
+PRESETS: dict[str, Callable[..., TrainConfig]] = {
     "official": lambda method="bgad", seed=0: TrainConfig(method=method, seed=seed, score=ScoreConfig("equal")),
     "short": short_preset,
     "demo": demo_preset,

@@ -34,7 +34,7 @@ class DatasetProblemsError(DataError):
     shown = 20
 
     def __init__(self, root: object, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems: tuple[str, ...] = tuple(problems)
         head = f"{count(len(self.problems), 'problem')} in the dataset {root}"
         super().__init__(f"{head}:\n{bullets(self.problems, self.shown)}")
 
@@ -48,7 +48,7 @@ class CheckpointError(FastBGADError):
 
 
 class BackboneError(FastBGADError):
-    """A backbone or its weights cannot be had."""
+    """A backbone or its weights are not available."""
 
 
 class MetricError(FastBGADError):
@@ -60,11 +60,15 @@ class OutputError(FastBGADError):
 
 
 class BackendError(FastBGADError):
-    """The implementation asked for (`impl=...`) cannot run these tensors on this machine."""
+    """The requested implementation (`impl=...`) cannot run these tensors on this machine."""
 
 
 class UnsupportedFlowError(FastBGADError):
     """A flow of another package computes something that fastbgad's coupling layers do not; it was left as it was."""
+
+
+class InterruptedTraining(FastBGADError):
+    """Training stopped on request; its state is saved, and the message says how to continue."""
 
 
 class MissingDependencyError(FastBGADError):
@@ -75,7 +79,7 @@ class MissingDependencyError(FastBGADError):
 
 
 class Notice(UserWarning):
-    """A choice that fastbgad made and that the user may want to know of; nothing is wrong.
+    """A choice made by fastbgad that the user may want to know of; nothing is wrong.
 
     The command line prints it as a line that begins with "note". `warnings.filterwarnings("ignore", category=Notice)`
     silences it.

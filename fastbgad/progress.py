@@ -1,4 +1,4 @@
-"""Where a training run stands, for progress bars and logs."""
+"""Progress of a training run, for progress bars and logs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Record = dict[str, float]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, handed to the `on_progress` callback after every batch."""
+    """Progress of a run, handed to the `on_progress` callback after every batch."""
 
     stage: str  # "statistics", "features", "training" or "calibration"
     done: int  # images so far in this stage

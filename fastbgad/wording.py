@@ -25,6 +25,11 @@ def indented(message: str) -> str:
     return message.replace("\n", "\n    ")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def choose(known: Iterable[str]) -> str:
     """Return the remedy for an unknown name: choose one of a, b, c."""
     return f"choose one of {', '.join(known)}"

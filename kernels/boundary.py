@@ -2,15 +2,15 @@
 
     b_n = (int(n_normal * beta)-th smallest lp of the normal rows) / normalizer,        b_a = b_n - tau
 
-Every float32 becomes an unsigned integer whose order is that of `torch.sort`: NaN behind everything, -0.0 equal to
-0.0. Four digits of 8 bits are settled from the top: count the digits of the rows still in question, take the digit
-under which the wanted rank falls, keep the rows that have it. Only integers are counted, so the order in which
-programs finish cannot change the result.
+Each float32 is mapped to an unsigned integer (a key) whose order is that of `torch.sort`: NaN comes last, -0.0 equals
+0.0. The wanted key is found in four digits of 8 bits, the highest digit first: count the digits of the remaining rows,
+choose the digit that the wanted rank falls under, keep the rows that have it. Only integers are counted, so the order
+in which programs finish cannot change the result.
 
-Up to SMALL_LIMIT rows one program holds all keys in registers and settles the four digits in one launch. Above it,
-each digit is one launch that adds to hist[digit, :]; a launch finds the digits before its own by reading the
-histograms of the launches before it. Reducing a histogram over processes between two launches (`reduce`) makes it the
-order statistic of all their rows.
+Up to SMALL_LIMIT rows, one program holds all keys in registers and finds the four digits in one launch. Above it, each
+digit is one launch that adds to hist[digit, :]; a launch finds the digits before its own by reading the histograms of
+the launches before it. Reducing a histogram over processes between two launches (`reduce`) gives the order statistic of
+all their rows.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variant import Variant
-
-# The tiles that one program holds in registers: rows -> warps. The next larger one spills in the loss kernel, and 4096
-# rows are the chunk of a training step.
+# Tiles that one program holds in registers: rows -> warps. The next larger one would spill in the loss kernel, and a
+# training step has a chunk of 4096 rows.
 SMALL_TILES = {1024: 4, 4096: 16}
 SMALL_LIMIT = max(SMALL_TILES)
-# Rows of a tile of the histogram launches; a program counts several tiles rather than there being more programs.
+# Rows of a tile of the histogram launches. Beyond MAX_PROGRAMS a program counts several tiles.
 TILE = 4096
 WARPS = 8
 MAX_PROGRAMS = 1024
@@ -36,7 +34,7 @@ MAX_PROGRAMS = 1024
 
 @triton.jit
 def ordered_key(x):
-    """float32 -> uint32 in the order of torch.sort. Negative values turn around, NaN goes last, -0.0 becomes 0.0."""
+    """Map float32 to uint32 in the order of torch.sort: negative values reversed, NaN last, -0.0 equal to 0.0."""
     bits = x.to(tl.uint32, bitcast=True)
     key = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000)
     key = tl.where(x == 0, 0x80000000, key)
@@ -45,44 +43,44 @@ def ordered_key(x):
 
 @triton.jit
 def key_to_float(key):
-    """The inverse of ordered_key."""
+    """Invert `ordered_key`."""
     bits = key ^ tl.where(key >> 31 != 0, 0x80000000, 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def wanted_rank(n_normal, BETA: tl.constexpr):
-    """int(n_normal * beta): the product in float64, as Python computes it."""
+    """Return int(n_normal * beta), multiplied in float64 as Python does."""
     return (n_normal.to(tl.float64) * tl.full((), BETA, tl.float64)).to(n_normal.dtype)
 
 
 @triton.jit
 def pick_digit(
-    counts,  # [256], how many rows have each digit
-    rank,
+    counts,  # [256] int, number of rows with each digit
+    rank,  # int
 ):
-    """The digit under which `rank` falls, and the rank among the rows that have it."""
-    digits = tl.arange(0, 256)
+    """Return the digit that `rank` falls under, and the rank among the rows that have this digit."""
+    digits = tl.arange(0, 256)  # [256]
     up_to = tl.cumsum(counts, 0)  # [256]
-    # 255 where no row is left: there is no boundary then, but the digit must stay a digit.
+    # Without a remaining row there is no boundary, but the digit must not exceed 255.
     digit = tl.minimum(tl.sum((up_to <= rank).to(tl.int32), 0), 255)
     return digit, rank - tl.sum(tl.where(digits < digit, counts, 0), 0)
 
 
 @triton.jit
 def select_key(
-    key,  # [BLOCK] uint32
-    is_normal,  # [BLOCK] bool
+    key,  # [BM] uint32
+    is_normal,  # [BM] bool
     BETA: tl.constexpr,
 ):
-    """The key of the wanted normal row and the number of normal rows, all rows being in this program."""
+    """Return the wanted key and the number of normal rows, where this program holds all rows."""
     n_normal = tl.sum(is_normal.to(tl.int32), 0)
     rank = wanted_rank(n_normal, BETA)
     chosen = tl.full((), 0, tl.uint32)
     remaining = is_normal
     for i in tl.static_range(4):
-        digits = ((key >> (24 - 8 * i)) & 255).to(tl.int32)  # [BLOCK]
-        counts = tl.histogram(digits, 256, mask=remaining)
+        digits = ((key >> (24 - 8 * i)) & 255).to(tl.int32)  # [BM]
+        counts = tl.histogram(digits, 256, mask=remaining)  # [256]
         digit, rank = pick_digit(counts, rank)
         remaining = remaining & (digits == digit)
         chosen = (chosen << 8) | digit.to(tl.uint32)
@@ -90,95 +88,102 @@ def select_key(
 
 
 @triton.jit
-def read_digits(hist, BETA: tl.constexpr, DIGITS: tl.constexpr):
-    """The first DIGITS digits of the wanted key, and n_normal, from the histograms of earlier launches."""
-    bins = tl.arange(0, 256)
-    n_normal = tl.sum(tl.load(hist + bins), 0)  # int64
+def read_digits(
+    hist_ptr,  # [4, 256] int64
+    BETA: tl.constexpr,
+    DIGITS: tl.constexpr,
+):
+    """Return the first DIGITS digits of the wanted key, and n_normal, from the histograms of earlier launches."""
+    bins = tl.arange(0, 256)  # [256]
+    n_normal = tl.sum(tl.load(hist_ptr + bins), 0)  # int64
     rank = wanted_rank(n_normal, BETA)
     chosen = tl.full((), 0, tl.uint32)
     for i in tl.static_range(DIGITS):
-        digit, rank = pick_digit(tl.load(hist + 256 * i + bins), rank)
+        digit, rank = pick_digit(tl.load(hist_ptr + 256 * i + bins), rank)
         chosen = (chosen << 8) | digit.to(tl.uint32)
     return chosen, n_normal
 
 
 @triton.jit
 def boundary_of_key(key, n_normal, normalizer):
-    """b_n. The division is the correctly rounded one: a row that lies on the boundary must violate."""
+    """Return b_n. The division is correctly rounded: a row that lies on the boundary must violate it."""
     return tl.where(n_normal > 0, tl.div_rn(key_to_float(key), normalizer), float("nan"))
 
 
 @triton.jit
 def boundary_small_kernel(
-    lp,  # [N] float32
-    anomalous,  # [N] uint8
-    b_n,  # scalar float32
-    b_a,  # scalar float32
-    n_normal,  # scalar int64
-    N,
-    tau,
-    normalizer,
+    lp_ptr,  # [N] float32
+    anomalous_ptr,  # [N] uint8, nonzero: anomalous
+    b_n_ptr,  # scalar float32
+    b_a_ptr,  # scalar float32
+    n_normal_ptr,  # scalar int64
+    rows,  # int32, N
+    tau,  # float32
+    normalizer,  # float32
     BETA: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
 ):
-    rows = tl.arange(0, BLOCK)
-    x = tl.load(lp + rows, mask=rows < N, other=0.0)  # [BLOCK]
-    is_normal = tl.load(anomalous + rows, mask=rows < N, other=1) == 0  # [BLOCK]
-    key, count = select_key(ordered_key(x), is_normal, BETA)
-    edge = boundary_of_key(key, count, normalizer)
-    tl.store(b_n, edge)
-    tl.store(b_a, edge - tau)
-    tl.store(n_normal, count.to(tl.int64))
+    """Compute the boundary of at most BM rows in one program."""
+    row = tl.arange(0, BM)  # [BM]
+    lp = tl.load(lp_ptr + row, mask=row < rows, other=0.0)  # [BM]
+    is_normal = tl.load(anomalous_ptr + row, mask=row < rows, other=1) == 0  # [BM]
+    key, count = select_key(ordered_key(lp), is_normal, BETA)
+    b_n = boundary_of_key(key, count, normalizer)
+    tl.store(b_n_ptr, b_n)
+    tl.store(b_a_ptr, b_n - tau)
+    tl.store(n_normal_ptr, count.to(tl.int64))
 
 
 @triton.jit
 def boundary_histogram_kernel(
-    lp,  # [N] float32
-    anomalous,  # [N] uint8
-    hist,  # [4, 256] int64; row DIGIT is added to, the rows before it are read
-    N,
-    tiles,  # tiles per program
+    lp_ptr,  # [N] float32
+    anomalous_ptr,  # [N] uint8, nonzero: anomalous
+    hist_ptr,  # [4, 256] int64; row DIGIT is added to, the rows before it are read
+    rows,  # int32, N
+    tiles,  # int32, tiles of each program
     BETA: tl.constexpr,
     DIGIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
 ):
-    offsets = tl.arange(0, BLOCK)
+    """Count one digit of the normal rows that share the digits chosen before."""
+    offsets = tl.arange(0, BM)  # [BM]
     counts = tl.zeros([256], tl.int32)
     if DIGIT > 0:
-        chosen, _ = read_digits(hist, BETA, DIGIT)
-    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK
+        chosen, _ = read_digits(hist_ptr, BETA, DIGIT)
+    first = tl.program_id(0).to(tl.int64) * tiles * BM
     for tile in range(tiles):
-        start = first + tile * BLOCK
-        inside = offsets < N - start  # [BLOCK]
-        x = tl.load(lp + start + offsets, mask=inside, other=0.0)  # [BLOCK]
-        remaining = tl.load(anomalous + start + offsets, mask=inside, other=1) == 0  # [BLOCK]
-        key = ordered_key(x)
+        start = first + tile * BM
+        inside = offsets < rows - start  # [BM]
+        lp = tl.load(lp_ptr + start + offsets, mask=inside, other=0.0)  # [BM]
+        remaining = tl.load(anomalous_ptr + start + offsets, mask=inside, other=1) == 0  # [BM]
+        key = ordered_key(lp)  # [BM]
         if DIGIT > 0:
             remaining = remaining & ((key >> (32 - 8 * DIGIT)) == chosen)
         counts += tl.histogram(((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32), 256, mask=remaining)
-    bins = tl.arange(0, 256)
-    tl.atomic_add(hist + 256 * DIGIT + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    bins = tl.arange(0, 256)  # [256]
+    tl.atomic_add(hist_ptr + 256 * DIGIT + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
 def boundary_finish_kernel(
-    hist,  # [4, 256] int64
-    b_n,  # scalar float32
-    b_a,  # scalar float32
-    n_normal,  # scalar int64
-    tau,
-    normalizer,
+    hist_ptr,  # [4, 256] int64
+    b_n_ptr,  # scalar float32
+    b_a_ptr,  # scalar float32
+    n_normal_ptr,  # scalar int64
+    tau,  # float32
+    normalizer,  # float32
     BETA: tl.constexpr,
 ):
-    key, count = read_digits(hist, BETA, 4)
-    edge = boundary_of_key(key, count, normalizer)
-    tl.store(b_n, edge)
-    tl.store(b_a, edge - tau)
-    tl.store(n_normal, count)
+    """Compute the boundary from the finished histograms."""
+    key, count = read_digits(hist_ptr, BETA, 4)
+    b_n = boundary_of_key(key, count, normalizer)
+    tl.store(b_n_ptr, b_n)
+    tl.store(b_a_ptr, b_n - tau)
+    tl.store(n_normal_ptr, count)
 
 
 def small_tile(rows: int) -> int:
-    """The smallest tile that holds so many rows."""
+    """Return the smallest tile that holds this number of rows."""
     return min(tile for tile in SMALL_TILES if rows <= tile)
 
 
@@ -189,7 +194,7 @@ def boundary_forward(
     tau: float,
     normalizer: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """b_n, b_a (float32 scalars; NaN without a normal row) and n_normal (int64 scalar)."""
+    """Return b_n, b_a (float32 scalars; NaN without a normal row) and n_normal (int64 scalar)."""
     rows = len(lp)
     if rows > SMALL_LIMIT:
         return boundary_finish(boundary_histograms(lp, anomalous, beta), beta, tau, normalizer)
@@ -197,9 +202,18 @@ def boundary_forward(
     b_n, b_a, n_normal = _scalars(lp.device)
     tile = small_tile(rows)
     boundary_small_kernel[(1,)](
-        lp, anomalous.view(torch.uint8), b_n, b_a, n_normal, rows, float(tau), float(normalizer),
-        BETA=float(beta), BLOCK=tile, num_warps=SMALL_TILES[tile],
-    )  # fmt: skip
+        lp,
+        anomalous.view(torch.uint8),
+        b_n,
+        b_a,
+        n_normal,
+        rows,
+        float(tau),
+        float(normalizer),
+        BETA=float(beta),
+        BM=tile,
+        num_warps=SMALL_TILES[tile],
+    )
     return b_n, b_a, n_normal
 
 
@@ -211,10 +225,10 @@ def boundary_histograms(
     reduce: Callable[[Tensor], object] | None = None,
     max_programs: int = MAX_PROGRAMS,
 ) -> Tensor:
-    """[4, 256] int64: how many normal rows that share the digits chosen so far have each digit.
+    """Return the counts of each digit among the normal rows that share the digits chosen before, int64 [4, 256].
 
-    `reduce` is called with each digit's [256] histogram before the next digit is counted; it adds in place what other
-    processes counted.
+    `reduce` is called with each digit's [256] histogram before the next digit is counted; it adds the counts of other
+    processes in place.
     """
     check_rows(lp, anomalous)
     hist = torch.zeros(4, 256, dtype=torch.int64, device=lp.device)
@@ -223,9 +237,16 @@ def boundary_histograms(
     for digit in range(4):
         if programs > 0:
             boundary_histogram_kernel[(programs,)](
-                lp, anomalous.view(torch.uint8), hist, len(lp), triton.cdiv(tiles, programs),
-                BETA=float(beta), DIGIT=digit, BLOCK=TILE, num_warps=WARPS,
-            )  # fmt: skip
+                lp,
+                anomalous.view(torch.uint8),
+                hist,
+                len(lp),
+                triton.cdiv(tiles, programs),
+                BETA=float(beta),
+                DIGIT=digit,
+                BM=TILE,
+                num_warps=WARPS,
+            )
         if reduce is not None:
             reduce(hist[digit])
     return hist
@@ -237,38 +258,14 @@ def boundary_finish(
     tau: float,
     normalizer: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """b_n, b_a and n_normal from finished histograms."""
+    """Return b_n, b_a and n_normal from finished histograms."""
     b_n, b_a, n_normal = _scalars(hist.device)
     boundary_finish_kernel[(1,)](hist, b_n, b_a, n_normal, float(tau), float(normalizer), BETA=float(beta), num_warps=4)
     return b_n, b_a, n_normal
 
 
-def variants() -> list[Variant]:
-    """What ships, for the ahead-of-time gate."""
-    rows = {"lp": "*fp32", "anomalous": "*u8", "N": "i32"}
-    scalars = {"b_n": "*fp32", "b_a": "*fp32", "n_normal": "*i64", "tau": "fp32", "normalizer": "fp32"}
-    small = [
-        Variant(
-            f"boundary_small {tile}", boundary_small_kernel, {**rows, **scalars}, {"BETA": 0.01, "BLOCK": tile}, warps
-        )
-        for tile, warps in SMALL_TILES.items()
-    ]
-    histogram = [
-        Variant(
-            f"boundary_histogram digit {digit}",
-            boundary_histogram_kernel,
-            {**rows, "hist": "*i64", "tiles": "i32"},
-            {"BETA": 0.01, "DIGIT": digit, "BLOCK": TILE},
-            WARPS,
-        )
-        for digit in range(4)
-    ]
-    finish = Variant("boundary_finish", boundary_finish_kernel, {"hist": "*i64", **scalars}, {"BETA": 0.01})
-    return [*small, *histogram, finish]
-
-
 def check_rows(lp: Tensor, anomalous: Tensor) -> None:
-    """What the kernels take for granted."""
+    """Assert what the kernels rely on."""
     assert lp.dim() == 1, "lp is [N]"
     assert lp.dtype == torch.float32, "lp is float32"
     assert anomalous.dtype == torch.bool, "the mask is bool"

@@ -1,16 +1,16 @@
-"""Keep tensors that are made of something else for later calls, on whatever stream and in whatever CUDA graph.
+"""Cache of tensors on a device for later calls, on any stream and in any CUDA graph.
 
-What is kept outlives the call that made it, so it needs care that the tensors of one call do not:
+A cached tensor outlives the call that made it, so it needs care that the tensors of one call do not:
 
 - **Another stream may read it before it is filled.** The host waits once, when an entry is made; from then on every
-  stream may read it. An event would spare that wait, but a capture could not wait for it: captured work must not depend
+  stream may read it. An event would avoid that wait, but a capture could not wait for it: captured work must not depend
   on work outside (cudaErrorStreamCaptureIsolation).
-- **It may be freed while another stream still reads it.** The allocator would give its memory to the stream that it was
-  allocated on, at once. Every other stream that an entry is handed to is therefore recorded with it.
-- **A CUDA graph reads it at every replay** through the bare address that was captured. Nobody tells the cache when a
-  graph is gone, so what it hands out during a capture is never freed while the cache lives.
-- **What is made during a capture is not there yet.** It is memory of the graph, filled by each replay and not before
-  the first. It serves the captured call alone and is not kept.
+- **It may be freed while another stream still reads it.** The allocator would return its memory at once to the stream
+  that it was allocated on. Every other stream that an entry is returned to is therefore recorded with it.
+- **A CUDA graph reads it at every replay** through the address that was captured. The cache is not told when a graph is
+  deleted, so a value that it returns during a capture is never freed while the cache lives.
+- **A tensor that is made during a capture is not filled yet.** It is memory of the graph, filled by each replay and not
+  before the first. It serves the captured call alone and is not cached.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ def capturing(device: torch.device) -> bool:
 
 
 class _Entry(Generic[Made]):
-    """A value, what it was made of, and the streams that it has been handed to."""
+    """A value, the state it was made of, and the streams that it has been returned to."""
 
     def __init__(self, value: Made, state: Hashable, stream: Any) -> None:
         self.value, self.state, self.streams = value, state, {stream}
 
-    def hand_to(self, stream: Any) -> None:
+    def use_on(self, stream: Any) -> None:
+        """Record a stream with the value's tensors."""
         if stream not in self.streams:
             self.streams.add(stream)
             for tensor in tensors_in(self.value):
@@ -46,10 +47,10 @@ class _Entry(Generic[Made]):
 
 
 class DeviceCache(Generic[Made]):
-    """Tensors, or tuples and lists that hold them, by key; the entries that were made first are dropped first.
+    """Cache of tensors, or of tuples and lists of them, by key; the oldest entries are dropped first.
 
     Args:
-        most: entries that are kept, beside those that captured graphs read; None for no limit.
+        most: largest number of entries, besides those that captured graphs read; None for no limit.
 
     A graph that was captured with an entry must not outlive the cache, as it must not outlive a module's parameters.
     """
@@ -61,13 +62,13 @@ class DeviceCache(Generic[Made]):
         self._captured: dict[int, Made] = {}
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Made], state: Hashable = None) -> Made:
-        """Return what is kept under a key, or what `make` makes if that is nothing or was made of another state.
+        """Return the value of a key; call `make` if there is none or if it was made of another state.
 
         Args:
-            key: what the value depends on for good.
-            device: where its tensors are; it waits for the current stream there after a `make`.
+            key: everything constant that the value depends on.
+            device: the device of its tensors; after a `make` the host waits for the current stream there.
             make: called at most once. During a capture it must not copy from the host.
-            state: what the value depends on and what changes: weights.
+            state: everything that the value depends on and that changes, such as weights.
         """
         if torch.compiler.is_compiling():
             return make()  # tensors of a trace must not be kept for later calls
@@ -86,7 +87,7 @@ class DeviceCache(Generic[Made]):
             if in_capture:
                 self._captured[id(entry.value)] = entry.value
             else:
-                entry.hand_to(stream)
+                entry.use_on(stream)
             return entry.value
 
     def _insert(self, key: Hashable, entry: _Entry[Made]) -> None:
@@ -96,16 +97,16 @@ class DeviceCache(Generic[Made]):
         self._entries[key] = entry
 
     def values(self) -> list[Made]:
-        """Return what is kept for later calls, the oldest first."""
+        """Return the cached values, the oldest first."""
         return [entry.value for entry in self._entries.values()]
 
     def clear(self) -> None:
-        """Drop everything but what captured graphs read."""
+        """Drop all values but those that captured graphs read."""
         with self._lock:
             self._entries.clear()
 
     def __reduce__(self) -> tuple[type[DeviceCache[Made]], tuple[int | None]]:
-        """Make copies and pickles start empty: what is kept belongs to this process and to these tensors."""
+        """Make copies and pickles start empty: the values belong to this process and to these tensors."""
         return DeviceCache, (self._most,)
 
 

@@ -1,14 +1,14 @@
-"""Which tile sizes a kernel is launched with.
+"""Tile sizes that the kernels are launched with.
 
-    tiles("score_map", "map", device)  ->  {"BH": 8, "BW": 128, "num_warps": 4, "num_stages": 1}
+    tiles("score_map", "map", device)  ->  {"TH": 8, "TW": 64, "num_warps": 4}
 
 `configs/default.json` holds tiles that compile everywhere, for every kernel and key:
 
-    {"score_map": {"map": {"BH": 8, ...}}, ...}
+    {"score_map": {"map": {"TH": 8, ...}}, ...}
 
 `configs/<gpu>.json`, written by `python -m fastbgad.kernels.tune`, holds those measured on one GPU: under "tiles" the
-same form as the default, under "microseconds" what was measured, under "measured_on" where and when. What such a file
-lacks is taken from the default.
+same form as the default, under "microseconds" the measured times, under "measured_on" where and when. Entries that such
+a file lacks are taken from the default.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _noticed = False
 
 
 def tiles(kernel: str, key: str, device: torch.device) -> Mapping[str, int]:
-    """The tile sizes, number of warps and pipeline stages of a kernel on a device.
+    """Return the tile sizes, number of warps and pipeline stages of a kernel on a device.
 
     Args:
         kernel: name of the kernel, e.g. "flow_forward".
-        key: what else the choice depends on, e.g. "C64 float16"; each kernel module says which keys it uses.
+        key: the entry of the kernel, e.g. "C64 float16", see `configs/default.json`.
         device: where the tensors are. CPU tensors (the interpreter) get the default.
 
     Raises:
         TilesError: a malformed file, or a kernel and key that even the default lacks.
 
-    Without a file for this GPU the default is used and `UntunedGPUWarning` is given, once per process.
+    Without a file for this GPU the default is used and `UntunedGPUWarning` is issued, once per process.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -64,10 +64,10 @@ def tiles(kernel: str, key: str, device: torch.device) -> Mapping[str, int]:
 
 
 def use_tiles(path: str | Path | None) -> None:
-    """Takes the tile sizes from this file from now on, on every device; None goes back to the packaged files.
+    """Take the tile sizes from this file from now on, on every device; None restores the packaged files.
 
     Raises:
-        TilesError: the file is missing or malformed; the choice made before stays.
+        TilesError: the file is missing or malformed; the earlier choice stays.
     """
     global _chosen_file
     if path is not None:
@@ -77,26 +77,26 @@ def use_tiles(path: str | Path | None) -> None:
 
 
 def forget() -> None:
-    """Reads the files again at the next launch; for whoever has just written one."""
+    """Read the files again at the next launch, after one has been written."""
     _tiles.cache_clear()
     _device_table.cache_clear()
 
 
 def slug(gpu_name: str) -> str:
-    """The name of a GPU's file: "NVIDIA H100 80GB HBM3" -> "nvidia_h100_80gb_hbm3"."""
+    """Return the name of a GPU's file: "NVIDIA H100 80GB HBM3" -> "nvidia_h100_80gb_hbm3"."""
     return re.sub(r"[^a-z0-9]+", "_", gpu_name.lower()).strip("_")
 
 
 def default_tiles() -> Table:
-    """Everything in `configs/default.json`."""
+    """Return the content of `configs/default.json`."""
     return _table(read_json(DEFAULT), DEFAULT)
 
 
 def read_tuned(path: Path) -> Table:
-    """The "tiles" of a file that the tuning command wrote, checked against the default.
+    """Return the "tiles" of a file that the tuning command wrote, checked against the default.
 
     Raises:
-        TilesError: missing, malformed, or with tile sizes of other names than the kernels take now.
+        TilesError: the file is missing, malformed, or has other names of tile sizes than the kernels take now.
     """
     content = read_json(path)
     if "tiles" not in content:
@@ -114,7 +114,7 @@ def read_tuned(path: Path) -> Table:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as readable JSON, whole or not at all; raises `OSError` where that is not possible."""
+    """Write `content` as readable JSON, whole or not at all; raise `OSError` where that is not possible."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -125,6 +125,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _tiles(kernel: str, key: str, device: torch.device) -> Mapping[str, int]:
+    """Return the tuned or the default tile sizes."""
     for table in (_device_table(device), default_tiles()):
         sizes = table.get(kernel, {}).get(key)
         if sizes is not None:
@@ -134,7 +135,7 @@ def _tiles(kernel: str, key: str, device: torch.device) -> Mapping[str, int]:
 
 @functools.lru_cache(maxsize=64)
 def _device_table(device: torch.device) -> Table:
-    """What was tuned for this device; nothing for a device without a file."""
+    """Return the tile sizes tuned for this device; none for a device without a file."""
     global _noticed
     if _chosen_file is not None:
         return read_tuned(_chosen_file)
@@ -155,7 +156,7 @@ def _device_table(device: torch.device) -> Table:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file; raises `TilesError` where there is none."""
+    """Return the JSON object in a file; raise `TilesError` where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -166,7 +167,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _table(content: Any, path: Path) -> Table:
-    """`content` if it has the form kernel -> key -> name -> whole number."""
+    """Return `content` if it has the form kernel -> key -> name -> whole number, else raise `TilesError`."""
     for kernel, entries in _items(content, path, "the tiles"):
         for key, sizes in _items(entries, path, kernel):
             for name, value in _items(sizes, path, f"{kernel} / {key}"):
@@ -175,7 +176,8 @@ def _table(content: Any, path: Path) -> Table:
     return content
 
 
-def _items(content: Any, path: Path, what: str) -> list[tuple[str, Any]]:
+def _items(content: Any, path: Path, name: str) -> list[tuple[str, Any]]:
+    """Return the items of a JSON object, else raise `TilesError`."""
     if not isinstance(content, dict):
-        raise TilesError(f"{path}: {what} must be a JSON object, not {type(content).__name__}")
+        raise TilesError(f"{path}: {name} must be a JSON object, not {type(content).__name__}")
     return list(content.items())

@@ -1,6 +1,6 @@
-"""Which Triton the kernels need, and which one is installed.
+"""The version of Triton that the kernels need, and the one that is installed.
 
-Looking does not import Triton: importing fastbgad must not depend on it, and torch.compile must not trace into it.
+Reading it does not import Triton: importing fastbgad must not depend on it, and torch.compile must not trace into it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LOWEST = (3, 4)
 
 
 def triton_version() -> str | None:
-    """Return the version of the Triton that `import triton` would find, None if it would find none.
+    """Return the version of the Triton that `import triton` would find, or None.
 
     The version is read off the package itself and not off its metadata: the builds for ROCm and XPU, and nightly ones,
     install the same package under other names. "unknown" where the package does not say it in its usual place.
@@ -28,7 +28,7 @@ def triton_version() -> str | None:
 
 
 def why_not_this_triton(version: str | None) -> str | None:
-    """Return why the kernels cannot run with this version of Triton and what to do about it, None if they can."""
+    """Return why the kernels cannot run with this version of Triton and what to do about it, or None."""
     lowest = ".".join(map(str, LOWEST))
     if version is None:
         return f"the package triton is not installed: pip install 'triton>={lowest}'"

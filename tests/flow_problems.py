@@ -1,4 +1,4 @@
-"""Flows with rows of every kind, and what the oracle says of them; the tests of the flow's kernels share these."""
+"""Flows with rows of every kind, and the results of the reference; the tests of the flow's kernels share these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONDITIONS = ["none", "raster", "gathered", "positions", "dense"]
 
 
 class Problem:
-    """A flow, N rows with a condition of the given kind, and the oracle's view of them: rows and a dense condition."""
+    """A flow, N rows with a condition of the given kind, and as the reference sees them: rows and a dense condition."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Problem:
 
     @torch.no_grad()
     def run(self, precision: MatmulPrecision = "float16", **options: object) -> FlowOutput:
-        """Inference; maps are cut into tiles of neighbouring pixels then."""
+        """Inference; maps are cut into tiles of neighboring pixels then."""
         options = {"impl": "triton", "rows": self.rows, **options}
         return flow_forward(
             self.x, self.flow.weights(), self.spec, self.condition, matmul_precision=precision, **options

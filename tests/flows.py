@@ -100,9 +100,9 @@ def whole_error(value: Tensor, exact: Tensor) -> float:
 def reference_with_masks(
     x: Tensor, layers: list[CouplingWeights], spec: FlowSpec, condition: Tensor | None, masks: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The oracle's flow with the active hidden units given, one mask [N, H] per layer, instead of the ReLU's own.
+    """The reference's flow with the active hidden units given, one mask [N, H] per layer, instead of the ReLU's own.
 
-    They may differ from the oracle's where a unit is within rounding of zero, nowhere else.
+    They may differ from the reference's where a unit is within rounding of zero, nowhere else.
     """
     log_det = x.new_zeros(len(x))
     for layer, mask in zip(layers, masks, strict=True):

@@ -4,8 +4,8 @@
 
 REQUEST is JSON: `libraries`, folders that hold PyTorch and the like, and `cases`, each with the `folder` to work in,
 what to put in front of `sys.path` (`path`), and folders whose .pth files are read as Python does when it starts
-(`site`). Each case prints a line of JSON: the files of the modules, and what the command
-`python -m fastbgad.kernels.resources --help` prints.
+(`site`). Each case prints a line of JSON: the files of the modules, what one operation computes by the portable path
+and by its kernel in Triton's interpreter, and what `python -m fastbgad.kernels.resources --help` prints.
 
 PyTorch takes seconds to import and is the same for all cases: it is imported once, and every case is a fork. With -S no
 .pth file of the libraries is read, since one of them may lead to the checkout that is being tested.
@@ -29,18 +29,23 @@ PRELOADED = ("numpy", "PIL.Image", "safetensors.torch", "scipy.ndimage", "torch"
 
 
 def probe() -> dict[str, object]:
-    """Return the file of every module of `MODULES`, and the help of a command of the kernels."""
+    """Return the file of every module of `MODULES`, the results of an operation, and the help of a command."""
     files = {name: os.path.realpath(str(importlib.import_module(name).__file__)) for name in MODULES}
     sys.argv = ["resources", "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
         runpy.run_module("fastbgad.kernels.resources", run_name="__main__", alter_sys=True)
-    return {"files": files, "help": said.getvalue()}
+    torch, ops = importlib.import_module("torch"), importlib.import_module("fastbgad.ops")
+    values = {
+        impl: ops.log_likelihood(torch.zeros(2, 4), torch.zeros(2), impl=impl).tolist() for impl in ("torch", "triton")
+    }
+    return {"files": files, "log_likelihoods": values, "help": said.getvalue()}
 
 
 def main() -> None:
     """Print one line for each case, in their order."""
     request = json.loads(sys.argv[1])
     sys.path[:1] = request["libraries"]  # in place of this file's folder
+    os.environ["TRITON_INTERPRET"] = "1"
     for name in PRELOADED:
         importlib.import_module(name)
     for case in request["cases"]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastbgad.experiments.plan.cells import Cell, CellResult
 from fastbgad.experiments.plan.plan import RowPlan, SweepPlan, SweepPoint, TablePlan
-from fastbgad.experiments.plan.published import PublishedCell
+from fastbgad.experiments.plan.published import PublishedNumber
 
 WRITTEN = {"nfad": "NFAD", "bgad": "BGAD", "cflow_ad": "CFLOW-AD"}
 
@@ -44,9 +44,9 @@ def table(
     return TablePlan(**facts, rows=tuple(rows))
 
 
-def published(row: str, method: str, metric: str, value: float, std: float | None = None, **changes) -> PublishedCell:
+def published(row: str, method: str, metric: str, value: float, std: float | None = None, **changes) -> PublishedNumber:
     facts = {"table": "toy", "dataset": "mvtec", "setting": "multi_class"} | changes
-    return PublishedCell(**facts, row=row, method=method, metric=metric, value=value, std=std)
+    return PublishedNumber(**facts, row=row, method=method, metric=metric, value=value, std=std)
 
 
 def sweep(

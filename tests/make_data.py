@@ -17,7 +17,7 @@ def save(path: Path, pixels: np.ndarray) -> Path:
 
 
 def normal_image(rng: np.random.Generator, size: int = 48) -> np.ndarray:
-    """A grey noise texture uint8 [size, size, 3]."""
+    """A gray noise texture uint8 [size, size, 3]."""
     return rng.integers(90, 130, (size, size, 3), dtype=np.uint8)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from fastbgad.experiments.plan.protocol_file import dataset_facts
 
 GREY = ("grid", "screw", "zipper")
-"""Categories that MVTec AD stores as grey images."""
+"""Categories that MVTec AD stores as gray images."""
 
 BTAD_SUFFIXES = {"01": (".bmp", ".png"), "02": (".png", ".png"), "03": (".bmp", ".bmp")}
 """Of BTAD's images and masks, by product."""
@@ -83,24 +83,24 @@ def make_miniature_btad(root: Path, size: int, normals: int, test_normals: int, 
 def save_mask(path: Path, mask: np.ndarray, kind: str) -> None:
     """Writes a mask of 0 and 1 [height, width] in one of `MASK_FORMATS`."""
     if kind == "P":
-        # Index 0 is the anomaly: only the palette says which colour it is.
+        # Index 0 is the anomaly: only the palette says which color it is.
         image = Image.fromarray((1 - mask).astype(np.uint8)).convert("P")
         image.putpalette([255, 255, 255, 0, 0, 0])
     else:
-        grey = Image.fromarray((mask * (1 if kind == "L of 0 and 1" else 255)).astype(np.uint8))
-        image = grey.convert(kind.split()[0])
+        gray = Image.fromarray((mask * (1 if kind == "L of 0 and 1" else 255)).astype(np.uint8))
+        image = gray.convert(kind.split()[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
 class _Painter:
-    """Draws a category's images: faintly striped noise of its own colour, and bright rectangles as defects."""
+    """Draws a category's images: faintly striped noise of its own color, and bright rectangles as defects."""
 
     def __init__(self, height: int, width: int, entropy: list[int]) -> None:
         self._rng = np.random.default_rng(entropy)
-        colour = self._rng.uniform(70, 130, 3)
+        color = self._rng.uniform(70, 130, 3)
         stripes = 12 * np.sin(np.arange(width) * 2 * np.pi / self._rng.integers(6, 14))
-        self._base = np.broadcast_to(stripes[:, None] + colour, (height, width, 3))
+        self._base = np.broadcast_to(stripes[:, None] + color, (height, width, 3))
 
     def normal(self) -> np.ndarray:
         """uint8 [height, width, 3]."""

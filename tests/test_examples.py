@@ -55,6 +55,7 @@ def test_anomalib_cflow(data: Path, tmp_path: Path) -> None:
     assert "image_AUROC" in text
 
 
+@pytest.mark.slow  # tests/compat/anomalib runs it within its own process, on another data set
 def test_anomalib_bgad(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("anomalib")
     options = ["--data", data, "--epochs", 2, "--image-size", 64, "--anomalies", 2]

@@ -30,9 +30,18 @@ def run(*command: str, folder: Path) -> str:
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """Build a distribution as pip does, with no environment of its own: "sdist", "wheel" or "editable"."""
+    """Build a distribution as pip does, with no environment of its own: "sdist", "wheel" or "editable".
+
+    Whatever setuptools warns of is an error; it informs about every editable installation.
+    """
     out.mkdir()
-    run("-c", f"import setuptools.build_meta as backend; backend.build_{kind}({str(out)!r})", folder=source)
+    script = (
+        "import warnings, setuptools.build_meta, setuptools.warnings\n"
+        "warnings.simplefilter('error', setuptools.warnings.SetuptoolsWarning)\n"
+        "warnings.simplefilter('ignore', setuptools.warnings.InformationOnly)\n"
+        f"setuptools.build_meta.build_{kind}({str(out)!r})"
+    )
+    run("-c", script, folder=source)
     (built,) = out.iterdir()
     return built
 
@@ -125,6 +134,9 @@ def test_imports(case: str, home: str, kernels: str, found: dict[str, dict[str, 
         "fastbgad.experiments": "fastbgad/experiments/__init__.py",
     }
     assert "--update-budget" in found[case]["help"]
+    # Standard normal at the origin of 4 dimensions, per dimension: -log(2 pi) / 2.
+    for impl in ("torch", "triton"):
+        assert found[case]["log_likelihoods"][impl] == pytest.approx([-0.918939] * 2, abs=1e-6)
 
 
 def test_the_wheel_holds_every_file_and_no_package_named_kernels(checkout: Path, wheel: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from fastbgad.errors import BackboneError, ConfigError, DatasetProblemsError, check_choice
-from fastbgad.wording import bullets, count, did_you_mean, duration, listed
+from fastbgad.wording import bullets, count, did_you_mean, duration, first_line, listed
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,13 @@ from fastbgad.wording import bullets, count, did_you_mean, duration, listed
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(OSError(" a\nb"), "a"), (EOFError(), "EOFError"), (ValueError("  "), "ValueError")]
+)
+def test_first_line_of_an_error(error: Exception, text: str) -> None:
+    assert first_line(error) == text
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 cells"), (1, "1 cell"), (2, "2 cells")])

@@ -1,4 +1,4 @@
-"""Wide flows to test, and the oracle's view of them."""
+"""Wide flows to test, and the reference's view of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def interpreter_tiles(device: torch.device, folder: Path, columns: int = 32) -> 
     Tests of the loops over channels take fewer columns.
     """
     if device.type == "cpu":
-        sizes = {"BR": 16, "BC": columns, "num_warps": 4}
+        sizes = {"BM": 16, "BK": columns, "num_warps": 4}
         path = folder / f"tiles{columns}.json"
         tiles = {"coupling_forward": {"rows": sizes, "operand": sizes}, "coupling_backward": {"rows": sizes}}
         path.write_text(json.dumps({"tiles": tiles}))
@@ -93,7 +93,7 @@ class Case:
         return self.x, dense, index, weights, height, width, *form, precision, 20, return_z, keep
 
     def exact(self, precision: MatmulPrecision) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """The oracle in float64: its lp, log_det and z, and its inputs by name.
+        """The reference in float64: its lp, log_det and z, and its inputs by name.
 
         With the hidden units active that are active in the flow under test. A unit within rounding of zero may be on in
         one and off in the other, and then its gradient is there or not. About one unit in 10^4 does that in float16,

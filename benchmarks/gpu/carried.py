@@ -36,7 +36,7 @@ _GROUP = "__grp__"
 
 
 class CarriedError(Exception):
-    """What is carried cannot be used; the message names it."""
+    """A carried result cannot be used; the message names it."""
 
 
 def digest(key: str) -> str:

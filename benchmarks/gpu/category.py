@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastbgad.data import write_noise_images
+from fastbgad.data.generated import write_noise_images
 
 # Grey levels by which a defect is darker or brighter than the texture under it: some are hard to see.
 FAINTEST, STRONGEST = 40.0, 110.0

@@ -1,4 +1,4 @@
-"""Which version of the code a result is of, also where git is not installed."""
+"""The version of the code that a result is of, also where git is not installed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ def checkout(root: Path) -> dict[str, Any]:
 
     "source" is a digest of the files that results depend on: it tells of two checkouts whether they are the same.
     """
-    found: dict[str, Any] = {"source": source_digest(root)}
+    commit, changed = commit_of(root)
+    return {"commit": commit, "changed_files": changed, "source": source_digest(root)}
+
+
+def commit_of(root: Path) -> tuple[str, bool | None]:
+    """Return the commit, "unknown" without a repository, and True if files differ from it, None without git."""
     try:
         commit = _git(root, "rev-parse", "--short", "HEAD")
-        changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
-        return {"commit": commit, "changed_files": changed, **found}
+        return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
-        return {"commit": _read_head(root) or "unknown", "changed_files": None, **found}
+        return _read_head(root) or "unknown", None
 
 
 def source_digest(root: Path) -> str:

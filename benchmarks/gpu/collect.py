@@ -73,7 +73,7 @@ def collect(out: Path, here: Mapping[str, Any]) -> tuple[str, Record]:
         "smoke": _counts(by_stage.get("smoke", [])),
         "whole": [_without(record) for record in by_stage.get("whole", [])],
         "troubles": [record for record in records if record.get("outcome") in TROUBLES],
-    }  # fmt: skip
+    }
     return str(environment["gpu"]), content
 
 

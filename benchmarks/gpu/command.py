@@ -132,7 +132,7 @@ def _run(
 
 
 def _facts(options: argparse.Namespace, chosen: Sequence[Stage]) -> Record:
-    """What a reader of the records must know of the run."""
+    """Return facts of the run for readers of its records."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "driver": options.driver,
@@ -163,9 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (%(default).0f)")
     parser.add_argument("--stage-seconds", type=float, help="for each stage, in place of its own budget")
     parser.add_argument(
-        "--driver", choices=("cuda", "interpreter", "stand-in"), default="cuda",
+        "--driver",
+        choices=("cuda", "interpreter", "stand-in"),
+        default="cuda",
         help="without a GPU, at tiny sizes: interpreter checks values on the CPU, stand-in compiles and runs nothing",
-    )  # fmt: skip
+    )
     parser.add_argument("--launch-only", action="store_true", help=argparse.SUPPRESS)
     return parser
 

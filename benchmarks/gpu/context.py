@@ -1,4 +1,4 @@
-"""What an item needs to know of the run it belongs to."""
+"""Context of an item: facts of the run that it belongs to."""
 
 from __future__ import annotations
 

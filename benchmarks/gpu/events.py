@@ -1,4 +1,4 @@
-"""What a child process of the supervisor says over its pipe."""
+"""Events that a child process of the supervisor reports over its pipe."""
 
 from __future__ import annotations
 

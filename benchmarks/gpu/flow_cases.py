@@ -124,10 +124,13 @@ def flow_case(name: str, sizes: Sequence[tuple[int, int]], depth: int, device: t
         POSITIONS: lambda: accelerated(Level.positions_tensor),
     }
     return Case(
-        name, lambda: [level.exact() for level in levels], contenders, 5e-5,
+        name,
+        lambda: [level.exact() for level in levels],
+        contenders,
+        5e-5,
         flops=sum(flow_flops(side * side, channels, depth) for channels, side in sizes),
         bytes=sum(flow_bytes(side * side, channels) for channels, side in sizes),
-    )  # fmt: skip
+    )
 
 
 def compiled_flow_case(name: str, sizes: Sequence[tuple[int, int]], depth: int, device: torch.device) -> Case:

@@ -38,7 +38,7 @@ def pytest_configure() -> None:
 
     from triton import JITFunction
 
-    from fastbgad.kernels import tiles
+    from fastbgad.kernels import tile_sizes
 
     run = JITFunction.run
 
@@ -51,4 +51,4 @@ def pytest_configure() -> None:
 
     JITFunction.run = watched
     # Tests that run in the interpreter choose tiles that suit it; these kernels have the tiles that ship.
-    tiles.use_tiles = lambda path: None
+    tile_sizes.use_tiles = lambda path: None

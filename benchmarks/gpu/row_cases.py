@@ -43,9 +43,12 @@ def log_likelihood_case(rows: int, channels: int, device: torch.device) -> Case:
     }
     size = "1M rows" if rows == 1_000_000 else f"{rows} rows"
     return Case(
-        f"log-likelihood and gradients, {size} of {channels} channels", exact, contenders, 1e-6,
+        f"log-likelihood and gradients, {size} of {channels} channels",
+        exact,
+        contenders,
+        1e-6,
         bytes=4 * rows * (3 * channels + 4),
-    )  # fmt: skip
+    )
 
 
 def loss_case(rows: int, device: torch.device) -> Case:
@@ -133,6 +136,9 @@ def score_map_case(pixels: int, device: torch.device) -> Case:
     }
     size = sum(lp.numel() for lp in levels)
     return Case(
-        f"anomaly map and image score, 4 images of {pixels} pixels", exact, contenders, 1e-4,
+        f"anomaly map and image score, 4 images of {pixels} pixels",
+        exact,
+        contenders,
+        1e-4,
         bytes=4 * (size + 4 * pixels * pixels),
-    )  # fmt: skip
+    )

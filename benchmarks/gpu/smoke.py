@@ -86,8 +86,10 @@ def items(context: Context) -> Items:
     for rows in (steps, many):
         checks[f"boundary, {rows} rows"] = partial(_boundary, rows, device)
         for form, reduction, focal, push in (
-            ("logsigmoid", "mean", True, True), ("nll", "sum", False, True), ("logsigmoid", "sum", True, False)
-        ):  # fmt: skip
+            ("logsigmoid", "mean", True, True),
+            ("nll", "sum", False, True),
+            ("logsigmoid", "sum", True, False),
+        ):
             name = f"loss, {rows} rows, {form} {reduction}{' focal' * focal}{'' if push else ' without anomalies'}"
             checks[name] = partial(_loss, rows, device, ml_form=form, reduction=reduction, focal=focal, push=push)
     for batch in (1, 4):
@@ -146,9 +148,6 @@ def _poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-# ---------------------------------------------------------------- flow
-
-
 class _Flow:
     """A flow and rows of one kind, and the reference's view of them."""
 
@@ -197,9 +196,15 @@ def _inference(make: Callable[[str], _Flow], kind: str, precision: Any, return_z
     case = make(kind)
     with torch.no_grad():
         out = flow_forward(
-            case.x, case.flow.weights(), case.spec, case.condition, rows=case.rows, return_z=return_z, impl="triton",
+            case.x,
+            case.flow.weights(),
+            case.spec,
+            case.condition,
+            rows=case.rows,
+            return_z=return_z,
+            impl="triton",
             matmul_precision=precision,
-        )  # fmt: skip
+        )
     layers = [CouplingWeights(*(t.detach() for t in layer)) for layer in double(case.flow.weights())]
     results: list[tuple[str, Tensor, Callable[[], Tensor], float]] = [
         ("lp", out.log_likelihood, lambda: case.exact(layers)[0], LP[precision])
@@ -215,9 +220,15 @@ def _gradients(make: Callable[[str], _Flow], kind: str, precision: Any, recomput
     names = [name for name in CouplingWeights._fields if name != "w_perm"]
     leaves = [getattr(layer, name) for layer in weights for name in names]
     out = flow_forward(
-        case.x, weights, case.spec, case.condition, rows=case.rows, impl="triton",
-        matmul_precision=precision, recompute=recompute,
-    )  # fmt: skip
+        case.x,
+        weights,
+        case.spec,
+        case.condition,
+        rows=case.rows,
+        impl="triton",
+        matmul_precision=precision,
+        recompute=recompute,
+    )
     upstream = torch.rand_like(out.log_likelihood)
     grads = torch.autograd.grad(out.log_likelihood, leaves, upstream)
     value = torch.cat([g.reshape(-1) for g in grads])
@@ -278,9 +289,6 @@ def _captured(context: Context) -> Found:
     right = error < 1e-5
     message = "" if right else f"parameters after 8 steps differ by {error:.1e}"
     return {"outcome": "right" if right else "wrong", "errors": {"parameters": error}, "message": message}
-
-
-# ---------------------------------------------------------------- operations on rows and maps
 
 
 def _rows(count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import pytest_events
 from .context import Context
-from .supervisor import Job
+from .supervisor import ChildJob
 
 ROOT = Path(__file__).resolve().parents[2]
 TILES = "tiles.json"
@@ -47,7 +47,7 @@ class Stage:
 
     name: str
     seconds: float
-    jobs: Callable[[Context], Sequence[Job]]
+    jobs: Callable[[Context], Sequence[ChildJob]]
     processes: int
     about: str
 
@@ -57,16 +57,31 @@ def stages() -> list[Stage]:
     cores = len(os.sched_getaffinity(0))
     several = max(1, min(8, cores))
     return [
-        Stage("smoke", 85, partial(_shared, "smoke", 60, several), several,
-              "the machine; every kernel and mode once, against float64"),
-        Stage("headline", 145, partial(_single, "headline", 60), 1,
-              "the README's figures: flow of a 1024-px image, training steps, loss"),
-        Stage("whole", 120, partial(_single, "whole", 100), 1,
-              "a category trained on the card and on the CPU; fastbgad bench"),
+        Stage(
+            "smoke",
+            85,
+            partial(_shared, "smoke", 60, several),
+            several,
+            "the machine; every kernel and mode once, against float64",
+        ),
+        Stage(
+            "headline",
+            145,
+            partial(_single, "headline", 60),
+            1,
+            "the README's figures: flow of a 1024-px image, training steps, loss",
+        ),
+        Stage(
+            "whole",
+            120,
+            partial(_single, "whole", 100),
+            1,
+            "a category trained on the card and on the CPU; fastbgad bench",
+        ),
         Stage("tests", 90, _tests, max(several, 2), "all tests marked equivalence, a process per file"),
         Stage("tune", 150, _tuning, 1, "tile sizes, most valuable first; headline again with them"),
         Stage("compiled", 100, partial(_single, "compiled", 90), 1, "FrEIA under torch.compile"),
-    ]  # fmt: skip
+    ]
 
 
 def _worker(module: str, context: Context, share: tuple[int, int] | None) -> Callable[..., list[str]]:
@@ -76,9 +91,15 @@ def _worker(module: str, context: Context, share: tuple[int, int] | None) -> Cal
             wanted = {"share": share[0], "of": share[1]}
         here = replace(context, skip=list(skip)).as_json()
         return [
-            sys.executable, "-X", "faulthandler", "-m", f"{__package__}.worker", module, here,
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-m",
+            f"{__package__}.worker",
+            module,
+            here,
             *([] if wanted is None else [json.dumps(wanted)]),
-        ]  # fmt: skip
+        ]
 
     return command
 
@@ -87,28 +108,28 @@ def _environment(context: Context) -> Mapping[str, str]:
     return {"TRITON_INTERPRET": "1"} if context.driver == "interpreter" else {}
 
 
-def _single(module: str, item_seconds: float, context: Context) -> list[Job]:
-    return [Job(module, _worker(module, context, None), item_seconds, _environment(context))]
+def _single(module: str, item_seconds: float, context: Context) -> list[ChildJob]:
+    return [ChildJob(module, _worker(module, context, None), item_seconds, _environment(context))]
 
 
-def _shared(module: str, item_seconds: float, processes: int, context: Context) -> list[Job]:
+def _shared(module: str, item_seconds: float, processes: int, context: Context) -> list[ChildJob]:
     """Every process takes its share of the items."""
     return [
-        Job(f"{module} {i}", _worker(module, context, (i, processes)), item_seconds, _environment(context))
+        ChildJob(f"{module} {i}", _worker(module, context, (i, processes)), item_seconds, _environment(context))
         for i in range(processes)
     ]
 
 
-def _tuning(context: Context) -> list[Job]:
+def _tuning(context: Context) -> list[ChildJob]:
     """Tuning, and behind it the headline with what it found."""
     again = replace(context, tiles=str(context.out / TILES))
-    jobs = [Job("tune", _worker("tuning", context, None), 100, _environment(context))]
-    return [*jobs, Job("headline, tuned", _worker("headline_tuned", again, None), 60, _environment(context))]
+    jobs = [ChildJob("tune", _worker("tuning", context, None), 100, _environment(context))]
+    return [*jobs, ChildJob("headline, tuned", _worker("headline_tuned", again, None), 60, _environment(context))]
 
 
-def _tests(context: Context) -> list[Job]:
+def _tests(context: Context) -> list[ChildJob]:
     return [
-        Job(f"tests of {operation}", partial(_pytest, context, name), 60, _environment(context))
+        ChildJob(f"tests of {operation}", partial(_pytest, context, name), 60, _environment(context))
         for operation, names in EQUIVALENCE.items()
         for name in names
     ]
@@ -122,7 +143,16 @@ def _pytest(context: Context, name: str, items: Sequence[str] | None, skip: Sequ
         plugins = ["-p", f"{__package__}.pytest_stand_in", *plugins, "--assert=plain"]
         optimized = ["-O"]
     command = [
-        sys.executable, *optimized, "-X", "faulthandler", "-m", "pytest", "-q", "-m", "equivalence", *plugins,
+        sys.executable,
+        *optimized,
+        "-X",
+        "faulthandler",
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "equivalence",
+        *plugins,
         str(ROOT / "tests" / name),
-    ]  # fmt: skip
+    ]
     return command if items is None else ["env", f"{pytest_events.WANTED}={json.dumps(list(items))}", *command]

@@ -16,9 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 H100 = {
-    "max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65_536,
-    "sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000, "mem_bus_width": 5_120,
-}  # fmt: skip
+    "max_shared_mem": 232_448,
+    "multiprocessor_count": 132,
+    "warpSize": 32,
+    "max_num_regs": 65_536,
+    "sm_clock_rate": 1_980_000,
+    "mem_clock_rate": 2_619_000,
+    "mem_bus_width": 5_120,
+}
 ARCHITECTURE = 90
 MOST_THREADS = 1024  # of a program
 LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
@@ -29,7 +34,7 @@ class GridError(RuntimeError):
 
 
 class Compilation(NamedTuple):
-    """What Triton's compiler was asked for, and whether its cache had it."""
+    """A compilation that Triton requested, and whether its cache had the result."""
 
     kernel: str
     digest: str  # the name of its entry in the cache, in hexadecimal
@@ -47,7 +52,7 @@ class Launch(NamedTuple):
 
 
 class StandInDriver:
-    """What Triton asks of its driver, answered for one H100; see `install`."""
+    """A driver for Triton that answers as for one H100; see `install`."""
 
     def __init__(self, on_launch: Callable[[Launch], object] | None = None) -> None:
         driver = self
@@ -113,9 +118,9 @@ def install(
     """
     # Triton reads this when a kernel is defined: these are for the compiler.
     os.environ.pop("TRITON_INTERPRET", None)
-    from fastbgad.kernels.variant import MODULES
+    from fastbgad.kernels.variants import MODULES
 
-    modules = [importlib.import_module(f"fastbgad.kernels.{name}") for name in MODULES]
+    modules = [importlib.import_module(f"fastbgad.kernels.variants.{name}") for name in MODULES]
     from triton.runtime import driver
     from triton.runtime.interpreter import InterpretedFunction
 

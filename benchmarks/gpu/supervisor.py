@@ -1,7 +1,7 @@
-"""Run the items of a stage in child processes, so that nothing an item does can cost what the others found.
+"""Run the items of a stage in child processes, so that no item can spoil the results of the others.
 
-A child says over a pipe which item it begins and what it found. One that crashes, hangs or spoils its device is ended
-together with everything it has started, and another goes on with the items that are left. What a child prints goes to
+A child reports over a pipe which item it begins and its results. A child that crashes, hangs or spoils its device is
+ended together with everything it has started, and another child runs the items that are left. Output of a child goes to
 a log; its last lines go into the record of an item that crashed.
 """
 
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from .events import EVENTS_FD, PARENT_PID, SPOILED
 
-# What is kept of a child's last words, in lines.
+# Lines of a child's output that are kept for the record.
 LAST_LINES = 60
 # Seconds in which a child must have imported what it needs, and between which the clock is read.
 START_SECONDS = 90.0
@@ -30,7 +30,7 @@ TICK = 0.2
 
 
 @dataclass
-class Job:
+class ChildJob:
     """Items that run one after the other, in one child process for as long as that lives.
 
     Attributes:
@@ -49,12 +49,12 @@ class Job:
 class _Child:
     """A running child and how far it has come."""
 
-    def __init__(self, job: Job, items: Sequence[str] | None, skip: list[tuple[str, str]], cwd: Path) -> None:
+    def __init__(self, job: ChildJob, items: Sequence[str] | None, skip: list[tuple[str, str]], cwd: Path) -> None:
         self.job, self.skip = job, skip
         self.items = None if items is None else list(items)  # those it has not ended
         self.item: str | None = None
         self.step: str | None = None
-        self.told = False  # it has said by itself how the step spoiled the device
+        self.reported = False  # it has reported by itself how the step spoiled the device
         self.changed = time.monotonic()
         self.lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         reading, writing = os.pipe()
@@ -106,9 +106,9 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._children: list[_Child] = []
 
-    def run(self, jobs: Sequence[Job], deadline: float) -> None:
+    def run(self, jobs: Sequence[ChildJob], deadline: float) -> None:
         """Run all jobs; items that have not ended by `deadline` (of `time.monotonic`) are recorded as left out."""
-        waiting: list[tuple[Job, Sequence[str] | None, list[tuple[str, str]]]] = [(job, None, []) for job in jobs]
+        waiting: list[tuple[ChildJob, Sequence[str] | None, list[tuple[str, str]]]] = [(job, None, []) for job in jobs]
         try:
             while waiting or self._children:
                 late = time.monotonic() > deadline
@@ -121,7 +121,7 @@ class Supervisor:
                 for key, _ in self._selector.select(TICK):
                     self._read(key.data, key.fd)
                 for child in list(self._children):
-                    left = self._look_after(child, late)
+                    left = self._rest_of_job(child, late)
                     if left is not None:
                         waiting.insert(0, left)
         finally:
@@ -134,9 +134,7 @@ class Supervisor:
             self._forget(child)
         self._children = []
 
-    # ---------------------------------------------------------------- one child
-
-    def _start(self, job: Job, items: Sequence[str] | None, skip: list[tuple[str, str]]) -> None:
+    def _start(self, job: ChildJob, items: Sequence[str] | None, skip: list[tuple[str, str]]) -> None:
         child = _Child(job, items, skip, self.cwd)
         self._children.append(child)
         for fd in child.pipes:
@@ -178,7 +176,7 @@ class Supervisor:
         elif kind == "step":
             child.step = event["step"]
         elif kind == "lost":
-            child.told = True
+            child.reported = True
             self.record({"item": event["item"], "step": event["step"], **event["found"]})
         elif kind == "end":
             child.item = child.step = None
@@ -186,8 +184,10 @@ class Supervisor:
                 child.items.remove(event["item"])
             self.record({"item": event["item"], **event["found"]})
 
-    def _look_after(self, child: _Child, late: bool) -> tuple[Job, Sequence[str] | None, list[tuple[str, str]]] | None:
-        """What is left to do of a child's job, if the child has ended or had to be ended and something is left."""
+    def _rest_of_job(
+        self, child: _Child, late: bool
+    ) -> tuple[ChildJob, Sequence[str] | None, list[tuple[str, str]]] | None:
+        """End a child that has ended or must end, and return the rest of its job, None if there is none."""
         job = child.job
         limit = START_SECONDS if child.item is None else job.item_seconds
         outcome, message = "", ""
@@ -209,7 +209,7 @@ class Supervisor:
         left, skip = child.items, list(child.skip)
         if child.item is not None:
             found = {"item": child.item, "outcome": outcome, "message": message, "output": list(child.lines)}
-            if not child.told:
+            if not child.reported:
                 self.record(found | ({"step": child.step} if child.step else {}))
             again = child.step is not None and outcome != "left out"
             if again:  # the rest of this item may be right
@@ -232,7 +232,7 @@ class Supervisor:
             return None
         return job, left, skip
 
-    def _leave_out(self, job: Job, items: Sequence[str] | None) -> None:
+    def _leave_out(self, job: ChildJob, items: Sequence[str] | None) -> None:
         for item in items if items is not None else [job.name]:
             self.record({"item": item, "outcome": "left out", "message": "the stage's time was used up"})
 

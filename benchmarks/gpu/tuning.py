@@ -11,7 +11,7 @@ import torch
 
 from fastbgad.kernels.tile_sizes import CONFIGS, slug
 from fastbgad.kernels.tune import Precompiling, collect, describe_machine, graph_stopwatch, store, tune
-from fastbgad.kernels.variant import MODULES, TuningCase
+from fastbgad.kernels.variants import MODULES, TuningCase
 
 from .context import Context, Found, Items
 from .stages import TILES

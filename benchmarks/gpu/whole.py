@@ -106,9 +106,12 @@ def _trained(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         found: Found = {
-            "outcome": "measured", "seconds_of_training": seconds, "seconds_of_features": result.feature_seconds,
-            "passes": len(result.history), "device": device,
-        }  # fmt: skip
+            "outcome": "measured",
+            "seconds_of_training": seconds,
+            "seconds_of_features": result.feature_seconds,
+            "passes": len(result.history),
+            "device": device,
+        }
         if context.values:
             found["metrics"] = metrics_dict(evaluate_model(model, split.test).metrics)
         return found

@@ -20,7 +20,7 @@ from fastbgad.evaluate.metrics import evaluate
 from fastbgad.experiments.peers.peers import run_peer
 from fastbgad.experiments.plan.cells import Cell
 from fastbgad.experiments.plan.setup import Setup
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import ImageFeatures, ImageReading, StoreOptions
 from fastbgad.model import BGAD
 from fastbgad.model.calibration import calibration_of, stored_log_likelihoods
 from fastbgad.ops import score_map
@@ -36,7 +36,7 @@ _CPU = torch.device("cpu")
 
 
 class Scores(NamedTuple):
-    """What a contender says of n test images."""
+    """A contender's maps and scores of n test images."""
 
     maps: Tensor  # [n, H, W] float32
     image_scores: Tensor  # [n] float32
@@ -103,17 +103,13 @@ class Bench:
         images = np.stack([each.image.permute(1, 2, 0).numpy() for each in loaded])
         return images, np.stack([each.mask.numpy() for each in loaded])
 
-    # ---------------------------------------------------------------- contenders
-
     def _own(self, run: Run, split: Split) -> Scores:
         config = self._config(run)
         if not config.uses_anomalies:
             split = Split(split.normals, (), split.test)
         features = self._shared(config.anomalies.cell_labels)
         features.reserve(spare_slots(config, len(split.known_anomalies)))
-        model = BGAD(
-            self.backbone, self.size, flow=config.flow, normalizer=config.loss.normalizer, seed=run.seed
-        )  # fmt: skip
+        model = BGAD(self.backbone, self.size, flow=config.flow, normalizer=config.loss.normalizer, seed=run.seed)
         points: list[dict[str, float]] = []
         started, measuring = time.perf_counter(), 0.0
 
@@ -178,8 +174,6 @@ class Bench:
         seconds = facts.pop("training_seconds"), facts.pop("scoring_seconds")
         return Scores(found.maps, found.image_scores, None, *seconds, facts, [])
 
-    # ---------------------------------------------------------------- features
-
     def _shared(self, cell_labels: CellLabels | None) -> ImageFeatures:
         """Return the features of all images; None takes whichever labels of patches are there."""
         if self._features is not None and cell_labels in (None, self._features.store.cell_labels):
@@ -192,10 +186,8 @@ class Bench:
             self.size,
             images,
             self.category.train,
-            cell_labels=cell_labels or "any",
-            batch_size=_IMAGES_AT_ONCE,
-            workers=self.workers,
-            decoded=self._decoded,
+            store=StoreOptions(cell_labels=cell_labels or "any"),
+            reading=ImageReading(_IMAGES_AT_ONCE, self.workers, self._decoded),
         )
         fitted = time.perf_counter()
         self._features.extract(images)
@@ -207,8 +199,6 @@ class Bench:
     def _extraction(self, split: Split) -> float:
         """Return the seconds that decoding and the backbone take for the training images of a split, as if alone."""
         return self._fit_seconds + self._image_seconds * (len(split.normals) + len(split.known_anomalies))
-
-    # ---------------------------------------------------------------- measuring
 
     def _config(self, run: Run) -> TrainConfig:
         if run.setting == CONVERGENCE:

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 # Cool colors for fastbgad's methods, grey for the Gaussian, warm ones for peers; marks tell them apart as well.
 _COLORS = {
-    "nfad": "#0072b2", "bgad_without": "#332288", "bgad": "#009e73", GAUSSIAN: "#666666", "patchcore": "#d55e00",
-    "padim": "#a86f00", "cfa": "#b5477a", "supersimplenet": "#8c564b",
-}  # fmt: skip
+    "nfad": "#0072b2",
+    "bgad_without": "#332288",
+    "bgad": "#009e73",
+    GAUSSIAN: "#666666",
+    "patchcore": "#d55e00",
+    "padim": "#a86f00",
+    "cfa": "#b5477a",
+    "supersimplenet": "#8c564b",
+}
 _CURVES = ("#009e73", "#d55e00", "#332288", "#a86f00", "#0072b2", "#b5477a")
 _CONVERGENCE_METRICS = ("image_auroc", "pixel_auroc", "aupro")
 
@@ -75,9 +81,14 @@ def convergence_plot(curves: Sequence[Curve]) -> str:
             for number, curve in enumerate(curves):
                 color = _CURVES[number % len(_CURVES)]
                 axes.plot(
-                    curve.seconds, curve.metrics[metric], marker="o", markersize=3, color=color, linewidth=1.3,
+                    curve.seconds,
+                    curve.metrics[metric],
+                    marker="o",
+                    markersize=3,
+                    color=color,
+                    linewidth=1.3,
                     label=curve.label if axes is panels[0] else None,
-                )  # fmt: skip
+                )
             axes.set_title(METRICS[metric], fontsize=9)
             axes.set_xlabel("seconds of training")
             axes.grid(color="#e4e4e4", linewidth=0.7)

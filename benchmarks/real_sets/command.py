@@ -1,4 +1,4 @@
-"""The two halves of `benchmarks/real.py`: doing the runs, and writing the page."""
+"""The two commands of `benchmarks/real.py`: do the runs, and write the page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from page_output import differences, write_files
 
 from fastbgad.backbones import Backbone
 from fastbgad.config import PRESETS
@@ -18,7 +19,7 @@ from .backbones import build, features_named
 from .bench import Bench
 from .gallery import write_gallery
 from .grid import LEFT_OUT, METHODS, Run, checked, plan, plan_convergence
-from .report import differences, page_files, readme_table, write_files
+from .report import PLOTS, page_files, readme_table
 from .results import collect, read_collection, write_collection
 from .sets import find_categories, open_set
 from .work import Outcome, do_missing, missing_runs
@@ -54,14 +55,19 @@ def _planned(options: argparse.Namespace, names: Sequence[str]) -> list[Run]:
     else:
         methods = checked("method", options.methods or list(METHODS), [*METHODS, *LEFT_OUT])
         runs = plan(
-            names, options.features, options.image_size, options.schedule,
-            [method for method in methods if method not in LEFT_OUT], seeds, options.peer_epochs,
-        )  # fmt: skip
+            names,
+            options.features,
+            options.image_size,
+            options.schedule,
+            [method for method in methods if method not in LEFT_OUT],
+            seeds,
+            options.peer_epochs,
+        )
     return [run for run in runs if options.only in str(run.path)]
 
 
 class _BenchMaker:
-    """Opens categories and builds backbones, each backbone once.
+    """Preparation of runs: opens categories and builds backbones, each backbone once.
 
     Gabor features learn statistics of the category, so every category has a backbone of its own there; so has a
     standardized one.
@@ -71,7 +77,7 @@ class _BenchMaker:
         self._options, self._folders = options, folders
 
     def __call__(self, run: Run) -> tuple[Bench, dict[str, str]]:
-        """Return what measures the run, and what is to be recorded of its features; raises `FastBGADError`."""
+        """Return the bench for a run, and facts about its features; raise `FastBGADError` if there is none."""
         category = open_set(run.category, self._folders[run.category])
         backbone, about = self._backbone(run.features)
         presets = {name: PRESETS[name]() for name in self._options.schedule}
@@ -114,11 +120,11 @@ def write_page(options: argparse.Namespace) -> int:
         )
     pages = page_files([(path.stem, read_collection(path)) for path in files])
     if options.check:
-        found = differences(pages, options.folder)
+        found = differences(pages, options.folder, PLOTS)
         for line in found:
             print(f"error: {line}; run `python benchmarks/real.py --page`", file=sys.stderr)
         return int(bool(found))
-    write_files(pages, options.folder)
+    write_files(pages, options.folder, PLOTS)
     print(f"wrote {options.folder / 'REAL.md'} and {len(pages) - 1} plots; for the README:\n")
     print(readme_table([result for path in files for result in read_collection(path)]))
     return 0

@@ -44,7 +44,7 @@ class Run:
 
     @property
     def path(self) -> PurePosixPath:
-        """Its result's place below the folder of all results."""
+        """Path of the run's result below the folder of all results."""
         folder = f"{self.features}-{self.size}-{self.setting}"
         return PurePosixPath(self.category, folder, f"{self.method}-seed{self.seed}.json")
 
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def group(self) -> tuple[str, str, int]:
-        """What runs share that use the same features of the same images."""
+        """Key that runs share if they use the same features of the same images."""
         return self.category, self.features, self.size
 
     @property

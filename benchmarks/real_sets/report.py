@@ -1,12 +1,12 @@
-"""Writes REAL.md and its plots from the kept figures; the same figures give the same bytes."""
+"""REAL.md and its plots, from the kept figures; the same figures give the same bytes."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
-from fastbgad.system.files import write_text
+from page_output import table
+
 from fastbgad.wording import count
 
 from .charts import Curve, Dot, accuracy_plot, convergence_plot
@@ -24,6 +24,7 @@ from .summary import (
 )
 
 PAGE = "REAL.md"
+PLOTS = "plots/real-*.svg"
 HEAD = """\
 <!-- Written by benchmarks/real.py --page from benchmarks/results/real; do not edit. -->
 
@@ -191,11 +192,14 @@ def _convergence(results: Sequence[Result], plots: dict[str, str]) -> Iterator[s
         curves.append(Curve(label, [point["seconds"] for point in mean], metrics))
         rows += [
             [
-                label, f"{point['passes']:.0f}", f"{point['seconds']:.0f}",
-                *(f"{point[name]:.3f}" for name in metrics), str(len(members)),
+                label,
+                f"{point['passes']:.0f}",
+                f"{point['seconds']:.0f}",
+                *(f"{point[name]:.3f}" for name in metrics),
+                str(len(members)),
             ]
             for point in mean
-        ]  # fmt: skip
+        ]
     yield "## Convergence of BGAD"
     yield (
         "One training with the settings of the demo preset and more passes, measured after every meta epoch and "
@@ -228,28 +232,4 @@ def _origin(results: Sequence[Result], names: Sequence[str]) -> Iterator[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    rule = ["---" if column in left else "---:" for column in range(len(header))]
-    plain = [[cell.replace("|", "\\|") for cell in cells] for cells in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [list(header), rule, *plain])
-
-
-def differences(files: Mapping[str, str], folder: Path) -> list[str]:
-    """Return a line for every file in the folder that is not as it would be written."""
-    found = []
-    for name, content in files.items():
-        path = folder / name
-        if not path.exists():
-            found.append(f"{path} is missing")
-        elif path.read_text(encoding="utf-8") != content:
-            found.append(f"{path} does not fit the kept figures")
-    plots = (folder / "plots").glob("real-*.svg")
-    return found + [f"{path} does not belong to the page" for path in plots if f"plots/{path.name}" not in files]
-
-
-def write_files(files: Mapping[str, str], folder: Path) -> None:
-    """Write the page, and remove plots that it no longer has."""
-    for name, content in files.items():
-        write_text(folder / name, content)
-    for path in (folder / "plots").glob("real-*.svg"):
-        if f"plots/{path.name}" not in files:
-            path.unlink()
+    return table(header, [[cell.replace("|", "\\|") for cell in cells] for cells in rows], left)

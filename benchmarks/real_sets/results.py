@@ -1,4 +1,4 @@
-"""Keeps results: a file per run, and one small file of all figures that is committed."""
+"""Result files: one per run, and a small one of all figures that is committed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DamagedResultError(FastBGADError):
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a run."""
+    """Figures of a run."""
 
     run: Run
     metrics: dict[str, float]

@@ -29,7 +29,7 @@ class Contender(NamedTuple):
 
     @property
     def order(self) -> tuple[bool, str, int, bool, str, int]:
-        """Sorts contenders: fastbgad's methods by features and schedule, the Gaussian after them, then the peers."""
+        """Sort key: fastbgad's methods by features and schedule, the Gaussian after them, then the peers."""
         place = list(METHODS).index(self.method)
         peer = self.method in PEERS
         return peer, self.features, self.size, self.method == GAUSSIAN, "" if peer else self.setting, place

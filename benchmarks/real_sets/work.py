@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from harness import stamped
 
-from fastbgad.errors import FastBGADError
+from fastbgad.errors import FastBGADError, InterruptedTraining
 from fastbgad.experiments.running.claims import Claims
 from fastbgad.system.environment import machine
-from fastbgad.train.fit import InterruptedTraining
 
 from .bench import Bench, decisions, labels_of, split_counts
 from .gallery import keep_pictures
@@ -32,7 +31,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class Outcome:
-    """What became of the runs."""
+    """Outcome of the runs."""
 
     done: list[Result] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)

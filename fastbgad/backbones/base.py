@@ -1,4 +1,4 @@
-"""What every frozen feature extractor offers: levels, checked images, a configuration and a fingerprint."""
+"""The base of frozen feature extractors: levels, checked images, a configuration and a fingerprint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: number of channels of each level.
-        strides: image pixels per feature cell of each level.
+        strides: image pixels per patch of each level, along a side.
         standardization: statistics of the features; None leaves them as they are.
     """
 
@@ -42,14 +42,14 @@ class Backbone(nn.Module):
         """Extract the features of a batch of images and standardize them.
 
         Args:
-            images: [B, 3, H, W] RGB, uint8 in 0..255 or floating point in [0, 1]; each backbone normalises them itself.
+            images: [B, 3, H, W] RGB, uint8 in 0..255 or floating point in [0, 1]; each backbone normalizes them itself.
 
         Returns:
             One floating point tensor [B, C_l, H_l, W_l] per level.
 
         Raises:
-            FeatureError: the images have another shape, dtype or range, or are smaller than a feature cell; or `fit`
-                must be called first.
+            FeatureError: the images have another shape, dtype or range, or are smaller than a patch; or `fit` must be
+                called first.
         """
         return [self.standardize_level(level, maps) for level, maps in enumerate(self.extract(images))]
 
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
 
     @property
     def needs_fit(self) -> bool:
-        """Whether `fit` must see training images before the first forward."""
+        """True if `fit` must see training images before the first forward."""
         return self.standardization is not None and not self.standardization.fitted
 
     @torch.no_grad()
@@ -93,11 +93,11 @@ class Backbone(nn.Module):
         return other
 
     def config(self) -> dict[str, Any]:
-        """The arguments of `create_backbone` that build this backbone again, weights aside; JSON can hold them."""
+        """Return the arguments of `create_backbone` that build this backbone again, weights aside, for JSON."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration and every tensor, as 64 hexadecimal digits.
+        """Return the SHA-256 over the configuration and every tensor, as 64 hexadecimal digits.
 
         Two backbones with the same fingerprint compute the same features, so caches and checkpoints are bound to it.
         """
@@ -106,7 +106,7 @@ class Backbone(nn.Module):
         return checksum(on_cpu, json.dumps(self.config(), sort_keys=True))
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode whatever `mode` is: a frozen network must not update its batch statistics."""
+        """Stay in evaluation mode whatever `mode` is: a frozen network must not update its batch statistics."""
         return super().train(False)
 
     def _freeze(self) -> None:
@@ -118,7 +118,7 @@ def unit_range(
     images: Tensor,  # [B, 3, H, W] uint8 or floating point
     smallest: int,
 ) -> Tensor:
-    """Checks images and brings them to float32 in [0, 1].
+    """Check images and convert them to float32 in [0, 1].
 
     Args:
         images: RGB, uint8 in 0..255 or floating point in [0, 1].
@@ -149,6 +149,6 @@ def unit_range(
         if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
             raise FeatureError(
                 f"floating point images span {low:.4g} to {high:.4g}; expected [0, 1] without NaN or Inf "
-                "(divide 8-bit values by 255, and leave the normalisation to the backbone)"
+                "(divide 8-bit values by 255, and leave the normalization to the backbone)"
             )
     return images

@@ -1,8 +1,8 @@
 """A frozen convolutional network made ready for inference on a CPU: the same function with less to do.
 
-Eager PyTorch runs a batch normalisation after every convolution as a pass of its own, and brings each convolution's
-weights into the layout that oneDNN wants at every call: for wide_resnet50_2 at 256 pixels a third of the time. Here
-normalisations are folded into the convolutions before them (`torch.fx`), weights are laid out once, and a ReLU that
+Eager PyTorch runs a batch normalization after every convolution as a separate pass, and converts each convolution's
+weights to oneDNN's layout at every call: for wide_resnet50_2 at 256 pixels a third of the time. Here
+normalizations are folded into the convolutions before them (`torch.fx`), weights are laid out once, and a ReLU that
 alone follows a convolution is part of it. These are the operations that torch.compile's freezing uses on a CPU; nothing
 is compiled here.
 """
@@ -23,15 +23,15 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def frozen_network(net: nn.Module, images: Tensor) -> nn.Module:
-    """A network that gives what `net` gives, up to rounding, for float32 images of any number.
+    """Return a network with the results of `net`, up to rounding, for float32 images of any number.
 
     Args:
         net: in evaluation mode. It is not changed; later changes of it do not reach the result.
         images: [B, 3, H, W] float32 on the CPU: weights are laid out for this size, and results compared on them.
 
     Returns:
-        The prepared copy; `net` itself where it cannot be traced, where its results would differ, or where there is
-        nothing to gain (another type or device).
+        The prepared copy; `net` itself where it cannot be traced, where the results differ, or where there is nothing
+        to gain (another type or device).
     """
     if net.training or images.device.type != "cpu" or images.dtype != torch.float32:
         return net
@@ -41,12 +41,12 @@ def frozen_network(net: nn.Module, images: Tensor) -> nn.Module:
         prepared: Any = fuse(net)
         if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
             _pack(prepared, images)
-        found, expected = _tensors(prepared(images)), _tensors(net(images))
+        results, expected = _tensors(prepared(images)), _tensors(net(images))
     except Exception:  # some networks cannot be traced, and the private operators may change: then only speed is lost
         return net
-    close = len(found) == len(expected) and all(
+    close = len(results) == len(expected) and all(
         a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(results, expected, strict=True)
     )
     return prepared if close else net
 
@@ -56,10 +56,15 @@ class PackedConvolution(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, relu: bool, input_size: list[int]) -> None:
         super().__init__()
-        self.geometry = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+        self.geometry: tuple[str | tuple[int, ...], tuple[int, ...], tuple[int, ...], int] = (
+            convolution.padding,
+            convolution.stride,
+            convolution.dilation,
+            convolution.groups,
+        )
         weight = convolution.weight.detach().to(memory_format=torch.channels_last)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, input_size)
-        self.bias = None if convolution.bias is None else convolution.bias.detach()
+        self.weight: Any = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, input_size)
+        self.bias: Tensor | None = None if convolution.bias is None else convolution.bias.detach()
         self.activation = "relu" if relu else "none"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class PackedConvolution(nn.Module):
 
 
 def _pack(graph: torch.fx.GraphModule, images: Tensor) -> None:
-    """Replaces the convolutions of a traced network, in place."""
+    """Replace the convolutions of a traced network, in place."""
     sizes = _InputSizes(graph)
     sizes.run(images)
     modules = dict(graph.named_modules())
@@ -82,7 +87,7 @@ def _pack(graph: torch.fx.GraphModule, images: Tensor) -> None:
         user, *others = node.users
         relu = not others and user.op == "call_module" and type(modules[user.target]) is nn.ReLU
         parent, _, name = node.target.rpartition(".")
-        setattr(graph.get_submodule(parent), name, PackedConvolution(convolution, relu, sizes.found[node.target]))
+        setattr(graph.get_submodule(parent), name, PackedConvolution(convolution, relu, sizes.by_module[node.target]))
         if relu:
             user.replace_all_uses_with(node)
             graph.graph.erase_node(user)
@@ -90,14 +95,14 @@ def _pack(graph: torch.fx.GraphModule, images: Tensor) -> None:
 
 
 class _InputSizes(torch.fx.Interpreter):
-    """Runs a traced network and notes what size each module is handed."""
+    """An interpreter of a traced network that records the size of each module's input."""
 
     def __init__(self, graph: torch.fx.GraphModule) -> None:
         super().__init__(graph)
-        self.found: dict[str, list[int]] = {}
+        self.by_module: dict[str, list[int]] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.found.setdefault(target, list(args[0].shape))
+        self.by_module.setdefault(target, list(args[0].shape))
         return super().call_module(target, args, kwargs)
 
 
@@ -110,17 +115,19 @@ def _tensors(result: Any) -> list[Tensor]:
 class FrozenCopy:
     """The prepared copy of one network, made again when the network's tensors change.
 
-    Changes are noticed that PyTorch counts. Copies and pickles of this object start empty.
+    Only changes that PyTorch counts are noticed. Copies and pickles of this object start empty.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
+        """Drop the copy."""
         self.network: nn.Module | None = None
         self._state: TensorState = ()
 
     def of(self, net: nn.Module, images: Tensor) -> nn.Module:
+        """Return the prepared copy of `net` for such images, see `frozen_network`."""
         state = tensor_state((*net.parameters(), *net.buffers()))
         if state != self._state or self.network is None:
             self.network, self._state = frozen_network(net, images), state
@@ -131,7 +138,7 @@ class FrozenCopy:
 
 
 def with_child(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which one child is another one; the module itself keeps its own."""
+    """Return a shallow copy of a module with one child replaced; the module itself is unchanged."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, name: child}
     return copied

@@ -1,4 +1,4 @@
-"""A backbone that needs no download: Gabor energies, lines, colour and contrast, standardised on normal images."""
+"""A backbone that needs no download: Gabor energies, lines, color and contrast, standardized on normal images."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _ORIENTATIONS = 6
 _SECOND_ORIENTATIONS = 4
 _LINE_ORIENTATIONS = 16
 _CHANNELS = 2 * _ORIENTATIONS + _SECOND_ORIENTATIONS + 3 + 3 + 3 + 2 + 1 + 2 + 2
-_SMALLEST = 64  # pixels; reflection at the coarsest scale needs a few cells
+_SMALLEST = 64  # pixels; reflection at the coarsest scale needs a few patches
 
 _LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 _ENERGY_FLOOR = 0.03  # added under the logarithm: energies of camera noise, which carry no texture
 _SECOND_FLOOR = 0.1
 _TINY = 1e-12  # keeps the root of an energy away from zero
-_STD_FLOOR = 1e-3  # of a feature that never varies among the normals, such as colour in grey images
+_STD_FLOOR = 1e-3  # of a feature that never varies among the normals, such as color in gray images
 _LINEAR_RANGE = 4.0  # standard deviations
 
 
 class GaborBackbone(Backbone):
-    r"""Oriented energies at three scales, with second-order energies, lines, colour and local contrast.
+    r"""Oriented energies at three scales, with second-order energies, lines, color and local contrast.
 
     The image is mapped to sqrt(Y), Y the luma, and two opponent channels sqrt(R) - sqrt(G) and
     (sqrt(R) + sqrt(G)) / 2 - sqrt(B); the root evens out shot noise. G_k is the image halved k times. With the
@@ -39,26 +39,26 @@ class GaborBackbone(Backbone):
 
         A_k(t) = sqrt((G_k * even_t)^2 + (G_k * odd_t)^2)
 
-    A feature cell of level l (stride 2^(l+1)) holds 32 channels; "mean" is the mean over the cell:
+    A patch of level l (stride 2^(l+1)) has 32 channels; "mean" is the mean over the patch:
 
         12  log(mean A_{l-1}(t) + c), log(mean A_l(t) + c), t = 0, 30, ..., 150 degrees
          4  second order: the same energy of the map log(mean_t A_{l-1}(t) + c), 4 orientations: texture of texture
-         3  mean of the three channels: absolute brightness and colour
-         3  log of their standard deviation within the cell: contrast
-         3  their mean less that of the 5 x 5 cells around: brightness and colour against the neighbourhood
+         3  mean of the three channels: absolute brightness and color
+         3  log of their standard deviation within the patch: contrast
+         3  their mean less that of the 5 x 5 patches around: brightness and color against the neighborhood
          2  maximum - mean and mean - minimum of sqrt(Y): specks that averages hide
-         1  log of the maximum of A_{l-1} over cell and orientations
-         2  the strongest bright and the strongest dark line (`line_bank`) through the cell: scratches and threads
+         1  log of the maximum of A_{l-1} over patch and orientations
+         2  the strongest bright and the strongest dark line (`line_bank`) through the patch: scratches and threads
          2  the strongest bright and the strongest dark contour: line responses averaged along their own orientation,
             less the mean over orientations; long smooth lines outlast the short ones of a texture (contour
             integration, Field, Hayes and Hess 1993)
 
-    Each is standardised by mean and deviation over all cells of the training normals, then compressed by
+    Each is standardized by mean and deviation over all patches of the training normals, then compressed by
     f(z) = 4 asinh(z / 4): the identity for common values, a logarithm for extreme ones, which a flow in half
     precision could not take otherwise. A feature that does not vary there is divided by 0.001.
 
-    Any size from 64 pixels works (edges are continued; an incomplete last cell averages what it has). All filters and
-    statistics are buffers. On grey normals the colour channels are constant, and colour is an anomaly.
+    Any size from 64 pixels works (edges are continued; an incomplete last patch averages the pixels that it has). All
+    filters and statistics are buffers. On gray normals the color channels are constant, and color is an anomaly.
     """
 
     first_order: Tensor
@@ -70,7 +70,7 @@ class GaborBackbone(Backbone):
     cells_seen: Tensor
 
     def __init__(self, levels: Sequence[int] = _LEVELS) -> None:
-        """Computes the filters; `fit` must follow.
+        """Compute the filters; `fit` must follow.
 
         Args:
             levels: a strictly increasing choice of 1, 2, 3, with strides 4, 8, 16.
@@ -79,14 +79,14 @@ class GaborBackbone(Backbone):
             BackboneError: other levels.
         """
         super().__init__()
-        self.levels = tuple(int(level) for level in levels)
+        self.levels: tuple[int, ...] = tuple(int(level) for level in levels)
         if not self.levels or list(self.levels) != sorted(set(self.levels) & set(_LEVELS)):
             raise BackboneError(
                 f"the gabor backbone has no levels {list(self.levels)}; name some of 1 (stride 4), 2 (stride 8) and "
                 "3 (stride 16), in increasing order"
             )
-        self.channels = (_CHANNELS,) * len(self.levels)
-        self.strides = tuple(2 ** (level + 1) for level in self.levels)
+        self.channels: tuple[int, ...] = (_CHANNELS,) * len(self.levels)
+        self.strides: tuple[int, ...] = tuple(2 ** (level + 1) for level in self.levels)
         self.register_buffer("first_order", gabor_bank(_ORIENTATIONS, wavelength=4, sigma=1.8, aspect=0.8, size=7))
         self.register_buffer(
             "second_order", gabor_bank(_SECOND_ORIENTATIONS, wavelength=4, sigma=1.8, aspect=1, size=7)
@@ -96,7 +96,7 @@ class GaborBackbone(Backbone):
         self.register_buffer("mean", torch.zeros(len(self.levels), _CHANNELS))
         self.register_buffer("std", torch.ones(len(self.levels), _CHANNELS))
         self.register_buffer("cells_seen", torch.zeros(len(self.levels), dtype=torch.int64))
-        # Kept apart from the buffer: asking a GPU at each forward would stall it.
+        # Not read from the buffer: reading from a GPU at each forward would stall it.
         self._fitted = False
         self.register_load_state_dict_post_hook(_note_statistics)
         self._freeze()
@@ -107,7 +107,7 @@ class GaborBackbone(Backbone):
         return not self._fitted
 
     def extract(self, images: Tensor) -> list[Tensor]:
-        """Return features before standardization; level l has ceil(H / stride) x ceil(W / stride) cells.
+        """Return features before standardization; level l has ceil(H / stride) x ceil(W / stride) patches.
 
         Raises:
             FeatureError: images that cannot be used (see `unit_range`).
@@ -145,7 +145,7 @@ class GaborBackbone(Backbone):
         std = torch.stack(variances).sqrt()
         if std.max() < _STD_FLOOR:
             raise FeatureError(
-                "the training images are all of one colour without any texture: no feature varies among them; "
+                "the training images are all of one color without any texture: no feature varies among them; "
                 "check that the right images were read"
             )
         self.mean.copy_(torch.stack(means))
@@ -164,7 +164,7 @@ class GaborBackbone(Backbone):
     def _raw(
         self,
         images: Tensor,  # [B, 3, H, W] float32 in [0, 1]
-    ) -> list[Tensor]:  # per level [B, 32, H_l, W_l], before standardisation
+    ) -> list[Tensor]:  # per level [B, 32, H_l, W_l], before standardization
         pyramid = [_opponent(images)]
         for _ in range(self.levels[-1]):
             pyramid.append(_mean_pool(pyramid[-1], 2))
@@ -206,8 +206,8 @@ class GaborBackbone(Backbone):
         luma: Tensor,  # [B, 1, H, W]
     ) -> tuple[Tensor, Tensor]:  # [B, 2, H / 2, W / 2] and [B, 2, H / 4, W / 4], bright and dark
         # Every second pixel is enough: along a line the response varies slowly. At the image's edge a reflection would
-        # bend every line into a corner and double one that runs along the edge: lines go on straight, and no contour
-        # is taken for granted where nothing is seen.
+        # bend every line into a corner and double one that runs along the edge: lines are continued straight, and no
+        # contour is assumed outside the image.
         extended = F.pad(luma, (self.lines.shape[-1] // 2,) * 4, mode="replicate")
         response = F.conv2d(extended, self.lines, stride=2)
         lines = torch.cat([response.amax(1, keepdim=True), -response.amin(1, keepdim=True)], 1)
@@ -220,7 +220,7 @@ class GaborBackbone(Backbone):
 
 
 def gabor_bank(orientations: int, wavelength: float, sigma: float, aspect: float, size: int) -> Tensor:
-    """Quadrature pairs of Gabor filters (Daugman 1985), all even ones before all odd ones.
+    """Return quadrature pairs of Gabor filters (Daugman 1985), all even ones before all odd ones.
 
         u = x cos t + y sin t,  v = -x sin t + y cos t,  w = exp(-(u^2 + aspect^2 v^2) / (2 sigma^2))
         even = w cos(2 pi u / wavelength) - d w,  odd = w sin(2 pi u / wavelength),  t = pi i / orientations
@@ -239,7 +239,7 @@ def gabor_bank(orientations: int, wavelength: float, sigma: float, aspect: float
 
 
 def line_bank(orientations: int, wavelength: float, sigma: float, length: float, size: int) -> Tensor:
-    """Long even filters, positive on a bright line, negative on a dark one, at rest on edges and flat areas.
+    """Return long even filters: positive on a bright line, negative on a dark one, zero on edges and flat areas.
 
     With u, v and d as in `gabor_bank`:
 
@@ -257,7 +257,7 @@ def line_bank(orientations: int, wavelength: float, sigma: float, length: float,
 
 
 def contour_bank(orientations: int, sigma: float, length: float, size: int) -> Tensor:
-    """Weights of a mean along the lines that `line_bank` answers, one filter per orientation.
+    """Return the weights of a mean along the lines of `line_bank`, one filter per orientation.
 
     Proportional to exp(-u^2 / (2 sigma^2) - v^2 / (2 length^2)), with u and v as in `gabor_bank`.
 

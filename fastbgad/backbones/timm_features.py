@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import timm
 import torch
-from timm.models import EfficientNetFeatures, FeatureDictNet, FeatureHookNet, MobileNetV3Features
-from timm.models._features import FeatureGetterNet
+from timm.models import EfficientNetFeatures, MobileNetV3Features
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from ..errors import BackboneError, FeatureError
+from ..wording import choose, did_you_mean
 from .base import Backbone, unit_range
+from .options import DTYPES, BackboneOptions, check_timm_options
 from .packaged import package_of, packaged_state
-from .standardization import Standardization, Standardize
+from .standardization import Standardization
 from .weights import hub_error, load_weights, read_weights, resolve_weights
 
 _COARSE = 8  # pixels, the least stride of levels that are averaged over neighbors
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 class TimmBackbone(Backbone):
@@ -33,117 +33,71 @@ class TimmBackbone(Backbone):
     convolution libraries prefer; shapes stay [B, C, H, W].
 
     Attributes:
-        truncated: False where the feature class is not known well enough to cut: the model is whole, and correct.
-        dropped_parameters: how many parameters timm's feature extractor of all levels has beyond this one.
-        weights_source: where the weights come from: `pretrained` (the hub or its cache), `package`, `random` or a path.
+        weights_source: `pretrained` (the hub or its cache), `package`, `random` or a path.
     """
 
     net: nn.Module
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        name: str = "tf_efficientnet_b6",
-        levels: Sequence[int] = (1, 2, 3),
-        weights: str | Path = "pretrained",
-        *,
-        seed: int = 0,
-        dtype: str = "float32",
-        compile: bool = False,
-        padding_mode: str = "zeros",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        standardize: Standardize = "none",
-        neighborhood: int | None = None,
-    ) -> None:
-        """Builds the model and loads its weights.
-
-        Args:
-            name: timm's model name, `model` or `model.tag`. Without a tag timm takes its default pretrained weights.
-            levels: strictly increasing level indices in timm's numbering.
-            weights: `pretrained`, `package`, `random` or the path of a file, see `create_backbone`.
-            seed: for random weights.
-            dtype: `float32`, `float16` or `bfloat16`, of the weights and of the features.
-            compile: run the network through torch.compile; the names in the state dict stay the same.
-            padding_mode: `zeros`, or `reflect` in every convolution that pads, as CFLOW-AD has it.
-            mean: three values that are subtracted from images in [0, 1]; those of timm's pretrained weights if None.
-            std: three positive values that images are then divided by; those of timm's pretrained weights if None.
-            standardize: `whiten` or `channel`: `fit` learns the statistics of every level, and features come with
-                mean 0 and variance 1, whitened or channel by channel; `none`: features as the network gives them.
-            neighborhood: features of levels of stride 8 and more are averaged over so many patches a side, before they
-                are standardized; an odd number, 1 leaves them as they are. None: 3, or 1 if `standardize` is `none`.
+    def __init__(self, options: BackboneOptions) -> None:
+        """Build the model and load its weights.
 
         Raises:
             BackboneError: unknown name, level, dtype or padding, a model without feature maps or that cannot pad so,
-                statistics that are not three numbers, an unreachable hub, or a package that there is none of.
+                statistics that are not three numbers, an unreachable hub, or a package that does not exist.
             CheckpointError: a weights file that is missing, damaged or of another model.
             MissingDependencyError: the package that `weights` asks for is not installed.
         """
         super().__init__()
-        if padding_mode not in ("zeros", "reflect"):
-            raise BackboneError(f"unknown padding {padding_mode!r} of a backbone; choose zeros or reflect")
-        if standardize not in get_args(Standardize):
-            raise BackboneError(f"standardize is {standardize!r}; choose one of {', '.join(get_args(Standardize))}")
-        if neighborhood is None:
-            neighborhood = 1 if standardize == "none" else 3
-        if neighborhood < 1 or neighborhood % 2 == 0:
-            raise BackboneError(
-                f"neighborhood is {neighborhood}; give an odd number of patches a side, such as 3, or 1"
-            )
-        if dtype not in _DTYPES:
-            raise BackboneError(f"unknown dtype {dtype!r} of a backbone; choose one of {', '.join(_DTYPES)}")
-        self.name, self.levels, self.dtype = name, tuple(int(level) for level in levels), dtype
-        self.padding_mode, self.neighborhood = padding_mode, neighborhood
-        whole = _build(name, seed)
-        info, size_of_whole = whole.feature_info, _count(whole)
-        del whole  # never two large models at a time
-        _check_levels(name, self.levels, info)
-        self.channels = tuple(info.channels(list(self.levels)))
-        self.strides = tuple(info.reduction(list(self.levels)))
+        check_timm_options(options)
+        self.name: str = options.name
+        self.levels: tuple[int, ...] = tuple(int(level) for level in options.levels)
+        self.dtype: str = options.dtype
+        self.padding_mode: str = options.padding_mode
+        self.neighborhood: int = options.patches_a_side
+        info = _build(self.name, options.seed).feature_info
+        _check_levels(self.name, self.levels, info)
+        self.channels: tuple[int, ...] = tuple(info.channels(list(self.levels)))
+        self.strides: tuple[int, ...] = tuple(info.reduction(list(self.levels)))
 
-        source, overlay = resolve_weights(name, weights)
-        self.weights_source = source
-        net = _build(name, seed, out_indices=self.levels, overlay=overlay)
-        self.truncated = _truncate(net, self.levels)
-        if padding_mode == "reflect":
-            _reflect(net, name)
-        self.dropped_parameters = size_of_whole - _count(net)
-        if source == "package":
-            state, package = packaged_state(name), package_of(name)
-            load_weights(net, state, f"the package {package.distribution}" if package else source, name)
-        elif source not in ("pretrained", "random"):
-            load_weights(net, read_weights(weights), weights, name)
+        self.weights_source: str
+        self.weights_source, overlay = resolve_weights(self.name, options.weights)
+        net = _build(self.name, options.seed, out_indices=self.levels, overlay=overlay)
+        _truncate(net, self.levels)
+        if options.padding_mode == "reflect":
+            _reflect(net, self.name)
+        _load(net, self.name, self.weights_source, options.weights)
 
         self._channels_come_last = str(getattr(net, "output_fmt", "")).endswith("NHWC")
         source_config = net.pretrained_cfg
         self._fixed_size = tuple(source_config["input_size"][1:]) if source_config.get("fixed_input_size") else None
-        # Not learnt here: they follow from the name or stand in `config`, so no checkpoint needs them as tensors.
+        # No tensors of the state dict: they follow from the name or are part of `config`.
         self._chosen: dict[str, list[float]] = {}
-        for buffer, chosen in (("mean", mean), ("std", std)):
+        for buffer, chosen in (("mean", options.mean), ("std", options.std)):
             usual = tuple(float(value) for value in source_config[buffer])
             values = usual if chosen is None else _statistics(buffer, chosen)
             if values != usual:
                 self._chosen[buffer] = list(values)
             tensor = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(buffer, tensor, persistent=False)
-        self.net = net.to(_DTYPES[dtype]).to(memory_format=torch.channels_last)
-        if standardize != "none":
-            self.standardization = Standardization(self.channels, standardize)
+        self.net = net.to(_DTYPES[options.dtype]).to(memory_format=torch.channels_last)
+        if options.standardize != "none":
+            self.standardization: Standardization = Standardization(self.channels, options.standardize)
         self._freeze()
-        if compile:
+        if options.compile:
             # In place: a wrapping module would rename every tensor of the state dict.
             self.net.compile()
 
     def extract(self, images: Tensor) -> list[Tensor]:
         """Return the levels as the network gives them; see `Backbone.forward`.
 
-        A last row or column of cells may be partly outside the image.
+        A last row or column of patches may be partly outside the image.
 
         Raises:
             FeatureError: images that the model cannot take, or features that are not maps of this many channels.
         """
-        # A reflection needs a neighbour on every map: twice as many pixels as zeros need.
+        # A reflection needs a neighbor on every map: twice as many pixels as zeros need.
         images = unit_range(images, smallest=max(self.strides) * (2 if self.padding_mode == "reflect" else 1))
         height, width = images.shape[-2:]
         fixed_height, fixed_width = self._fixed_size or (height, width)
@@ -190,7 +144,7 @@ class TimmBackbone(Backbone):
 
 
 def blank_extractor(name: str, levels: tuple[int, ...] | None = None) -> Any:
-    """timm's feature extractor of some or all levels without memory behind its tensors: for names and shapes.
+    """Return timm's feature extractor on the meta device, without memory, for names and shapes.
 
     Raises:
         BackboneError: unknown name, or a model without feature maps.
@@ -200,28 +154,28 @@ def blank_extractor(name: str, levels: tuple[int, ...] | None = None) -> Any:
 
 
 def whole_state(backbone: TimmBackbone) -> dict[str, Tensor]:
-    """What timm's own `features_only` model of these levels loads: float32 tensors on the CPU.
+    """Return the state dict of timm's own `features_only` model of these levels: float32 tensors on the CPU.
 
     Stages that were cut off have random weights, the same at every call; no level depends on them.
     """
     whole = _build(backbone.name, seed=0, out_indices=backbone.levels).state_dict()
-    ours = backbone.net.state_dict()
-    state = {**whole, **{key: value.detach().cpu() for key, value in ours.items()}}
+    kept = backbone.net.state_dict()
+    state = {**whole, **{key: value.detach().cpu() for key, value in kept.items()}}
     return {key: (value.float() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
 
 
 def _build(
     name: str, seed: int, out_indices: tuple[int, ...] | None = None, overlay: dict[str, Any] | None = None
 ) -> Any:
-    """A features_only model; `overlay` (see `hub_overlay`) asks for pretrained weights, None for random ones."""
+    """Return a features_only model with pretrained weights (`overlay`, see `hub_overlay`), or random ones (None)."""
     if not timm.is_model(name.partition(".")[0]):
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else "`timm.list_models()` lists all"
+        question = did_you_mean(name.partition(".")[0], timm.list_models(), most=5, cutoff=0.5).strip()
+        hint = question or "`timm.list_models()` lists all"
         raise BackboneError(f"there is no backbone {name!r} in timm {timm.__version__}; {hint}")
     base, _, tag = name.partition(".")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
     if tag and tag not in tags:
-        raise BackboneError(f"{base} has no pretrained weights {tag!r}; choose one of {', '.join(tags) or 'none'}")
+        raise BackboneError(f"{base} has no pretrained weights {tag!r}; {choose(tags or ['none'])}")
     options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
     if overlay is not None:
         options.update(pretrained=True, pretrained_cfg_overlay=overlay or None)
@@ -248,25 +202,25 @@ def _check_levels(name: str, levels: tuple[int, ...], info: Any) -> None:
         raise BackboneError(f"{name} has no levels {list(levels)}; name some of these, in increasing order: {existing}")
 
 
-def _truncate(net: Any, levels: tuple[int, ...]) -> bool:
-    """Cuts everything after the last level away; False where `net` is of a class that cannot be cut."""
-    if isinstance(net, (EfficientNetFeatures, MobileNetV3Features)):
-        if net.feature_hooks is not None:
-            return False
+def _load(net: Any, name: str, source: str, weights: str | Path) -> None:
+    """Load weights from a package or a file; `pretrained` and `random` ones are in the network already."""
+    if source == "package":
+        state, package = packaged_state(name), package_of(name)
+        load_weights(net, state, f"the package {package.distribution}" if package else source, name)
+    elif source not in ("pretrained", "random"):
+        load_weights(net, read_weights(weights), weights, name)
+
+
+def _truncate(net: Any, levels: tuple[int, ...]) -> None:
+    """Cut off everything after the last level, in the classes that timm itself does not cut."""
+    if isinstance(net, (EfficientNetFeatures, MobileNetV3Features)) and net.feature_hooks is None:
         # Stage s is the output of blocks[s - 1], stage 0 that of the stem; forward runs all blocks there are.
         last = max(net.feature_info[level]["stage"] for level in levels)
         net.blocks = nn.Sequential(*list(net.blocks)[:last])
-        return True
-    # timm itself stops at the last module it needs when it rebuilds a model from its children.
-    if isinstance(net, FeatureDictNet):
-        return True
-    if isinstance(net, FeatureHookNet):
-        return "body" not in net
-    return isinstance(net, FeatureGetterNet) and hasattr(net.model, "prune_intermediate_layers")
 
 
 def _reflect(net: nn.Module, name: str) -> None:
-    """Makes every convolution that pads reflect the border instead of adding zeros."""
+    """Make every convolution that pads reflect the border instead of adding zeros."""
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     if not all(type(module) is nn.Conv2d and isinstance(module.padding, tuple) for module in convolutions):
         raise BackboneError(f"{name} pads in a way of its own and cannot reflect; leave padding_mode at zeros")
@@ -281,7 +235,3 @@ def _statistics(what: str, values: Sequence[float]) -> tuple[float, ...]:
         kind = "positive numbers" if what == "std" else "numbers"
         raise BackboneError(f"{what} of a backbone is {list(values)}; give three {kind}, for red, green and blue")
     return numbers
-
-
-def _count(net: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import pickle
 import urllib.request
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError, CheckpointError, Notice
+from ..system.torch_file import read_torch_file
+from ..wording import first_line, listed
 from .packaged import EXTRA, is_installed, package_of, packages
 
 _HUB_TIMEOUT = 10.0  # seconds until the hub counts as unreachable
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHOWN_KEYS = 3
+_REMEDY = "get the file again, or save only the `state_dict()` of the model"
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Reads a state dict from a .safetensors file or a file of `torch.save`, on the CPU.
+    """Read a state dict from a .safetensors file or a file of `torch.save`, on the CPU.
 
     A dict that wraps the tensors as `state_dict` or `model` is opened, and the `module.` prefix that data parallel
     training leaves is removed.
@@ -35,7 +37,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no weights file {path}; weights is pretrained, package, random or the path of a file")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path, _REMEDY)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -48,7 +50,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str | Path, model: str) -> None:
-    """Loads the part of `state` that `net` uses; keys of stages cut off and of the classifier are ignored.
+    """Load the part of `state` that `net` uses; keys of stages cut off and of the classifier are ignored.
 
     Args:
         net: a features_only model of timm; its modules may have been renamed from those of the whole model.
@@ -59,30 +61,31 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str | Path
     Raises:
         CheckpointError: keys are missing, shapes differ, or values are not finite.
     """
-    wanted = net.state_dict()
-    found = {key: _find(key, state) for key in wanted}
+    expected = net.state_dict()
+    sources = {key: _find(key, state) for key in expected}
     # Counters of batches only matter to training, and files written by old versions of PyTorch lack them.
-    missing = [key for key, value in found.items() if value is None and not key.endswith("num_batches_tracked")]
+    missing = [key for key, value in sources.items() if value is None and not key.endswith("num_batches_tracked")]
     remedy = f"take the weights of timm's {model}, or choose the backbone these weights belong to"
     if missing:
         raise CheckpointError(
-            f"{origin} lacks {len(missing)} of {len(wanted)} tensors of {model}: {_listed(missing)}; {remedy}"
+            f"{origin} lacks {len(missing)} of {len(expected)} tensors of {model}: "
+            f"{listed(missing, _SHOWN_KEYS)}; {remedy}"
         )
-    matched = {key: value for key, value in found.items() if value is not None}
-    unlike = [key for key, value in matched.items() if value.shape != wanted[key].shape]
+    matched = {key: value for key, value in sources.items() if value is not None}
+    unlike = [key for key, value in matched.items() if value.shape != expected[key].shape]
     if unlike:
-        shapes = (f"{key} {list(matched[key].shape)} instead of {list(wanted[key].shape)}" for key in unlike)
+        shapes = [f"{key} {list(matched[key].shape)} instead of {list(expected[key].shape)}" for key in unlike]
         raise CheckpointError(
-            f"{origin} has other shapes than {model} for {len(unlike)} tensors: {_listed(shapes)}; {remedy}"
+            f"{origin} has other shapes than {model} for {len(unlike)} tensors: {listed(shapes, _SHOWN_KEYS)}; {remedy}"
         )
     damaged = [key for key, value in matched.items() if not torch.isfinite(value).all()]
     if damaged:
-        raise CheckpointError(f"{origin} holds NaN or Inf in {_listed(damaged)}; get the file again")
-    net.load_state_dict({**wanted, **matched})
+        raise CheckpointError(f"{origin} holds NaN or Inf in {listed(damaged, _SHOWN_KEYS)}; get the file again")
+    net.load_state_dict({**expected, **matched})
 
 
 def resolve_weights(model: str, weights: str | Path) -> tuple[str, dict[str, Any] | None]:
-    """Decide where weights come from, asking the hub if need be.
+    """Return where weights come from; asks the hub only where nothing else says it.
 
     `pretrained` means those that timm names for the model: from its cache, which asks nobody, else from the hub. If the
     hub does not answer within ten seconds and the model's package is installed, the package's weights are taken, with
@@ -117,7 +120,7 @@ def resolve_weights(model: str, weights: str | Path) -> tuple[str, dict[str, Any
 
 
 def hub_overlay(model: str) -> dict[str, Any]:
-    """Finds out where timm would get the pretrained weights of `model`, without its minutes of retries.
+    """Return where timm would get the pretrained weights of `model`, without its minutes of retries.
 
     Returns:
         Overrides for timm's `pretrained_cfg_overlay`: the cached file if there is one (then the network is not
@@ -149,10 +152,9 @@ def hub_overlay(model: str) -> dict[str, Any]:
 
 
 def hub_error(model: str, error: Exception) -> BackboneError:
-    """The one message for a failed download of `model`, naming the other choices."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the error of a failed download of `model`, which names the other choices."""
     return BackboneError(
-        f"cannot get the pretrained weights of {model} from the hub ({reason}); {_other_choices(model)}"
+        f"cannot get the pretrained weights of {model} from the hub ({first_line(error)}); {_other_choices(model)}"
     )
 
 
@@ -201,24 +203,7 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds Python objects besides tensors, which are not loaded for safety; "
-            "get the file again, or save only the `state_dict()` of the model"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(f"the weights file {path} cannot be read ({reason}); it may be damaged: get it again")
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}): it is damaged; {_REMEDY}") from error
 
 
 def _find(key: str, state: Mapping[str, Tensor]) -> Tensor | None:
@@ -229,7 +214,7 @@ def _find(key: str, state: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _names(key: str) -> Iterable[str]:
-    """The names a tensor of a features_only model may have in the whole model.
+    """Yield the names that a tensor of a features_only model may have in the whole model.
 
     timm either nests the whole model as `model` or `body`, or lifts the children of its sequentials to the top and
     joins the two names with `_`, which may also occur in either name.
@@ -241,9 +226,3 @@ def _names(key: str) -> Iterable[str]:
     for position, letter in enumerate(head):
         if letter == "_":
             yield f"{head[:position]}.{head[position + 1 :]}.{rest}"
-
-
-def _listed(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    more = f", and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return ", ".join(keys[:_SHOWN_KEYS]) + more

@@ -1,4 +1,4 @@
-"""A picture of throughput rows: one stacked bar of milliseconds per image for every row."""
+"""Chart of throughput rows: one stacked bar of milliseconds per image for every row."""
 
 from __future__ import annotations
 
@@ -23,24 +23,29 @@ _COLORS = {
     SCORING: "#3f8f6b",
     METRICS: "#b59fd6",
 }
-# The flows from fine to coarse levels; a fifth one starts again.
+# The flows from fine to coarse levels; from the fifth on the colors repeat.
 _FLOW_COLORS = ("#c8413b", "#e3774f", "#f0a96b", "#f7d3a0")
 _DARK = {"#7d8794", "#2c5f8d", "#3f8f6b", "#c8413b"}  # white figures can be read on these
 
-_WIDTH, _BAR, _MARGIN = 8.5, 0.42, 0.75  # inches: the picture, each bar, around each panel
+_WIDTH, _BAR, _MARGIN = 8.5, 0.42, 0.75  # inches: the chart, each bar, around each panel
 _LEGEND_COLUMNS = 8
-_NARROWEST_LABELLED = 0.07  # of a panel's width
+_NARROWEST_LABELED = 0.07  # of a panel's width
 
 
 def check_chart_path(path: Path) -> None:
-    """Before the work: raises `ConfigError` for another kind of file, `MissingDependencyError` without matplotlib."""
+    """Raise an error where a chart cannot be written, before the work.
+
+    Raises:
+        ConfigError: the file is neither .png nor .svg.
+        MissingDependencyError: matplotlib is not installed.
+    """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"the chart {path} is neither .png nor .svg; name it with one of these")
     _figure_class()
 
 
 def write_throughput_chart(path: Path, rows: Sequence[Row]) -> None:
-    """Draws all rows that did not fail, a panel per image size, each with its own scale; PNG or SVG by the suffix.
+    """Draw all rows that did not fail, a panel per image size, each with its own scale; PNG or SVG by the suffix.
 
     Raises:
         OutputError: the file cannot be written. ConfigError, MissingDependencyError: see `check_chart_path`.
@@ -51,7 +56,7 @@ def write_throughput_chart(path: Path, rows: Sequence[Row]) -> None:
 
 
 def throughput_figure(rows: Sequence[Row]) -> Figure:
-    """The picture itself, of rows that did not fail."""
+    """Return the chart of rows that did not fail."""
     panels: dict[int, list[Row]] = {}
     for row in rows:
         panels.setdefault(row.image_size, []).append(row)
@@ -67,34 +72,41 @@ def throughput_figure(rows: Sequence[Row]) -> Figure:
     all_axes[-1].set_xlabel(f"{median} in ms" + ("; every panel has its own scale" if len(panels) > 1 else ""))
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(len(labels), _LEGEND_COLUMNS), frameon=False,
-        fontsize=8.5, handlelength=1, handleheight=1, columnspacing=1.2,
-    )  # fmt: skip
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=min(len(labels), _LEGEND_COLUMNS),
+        frameon=False,
+        fontsize=8.5,
+        handlelength=1,
+        handleheight=1,
+        columnspacing=1.2,
+    )
     return figure
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row], names: Sequence[str], colors: dict[str, str]) -> None:
     sums = [sum(stage.ms_per_image or 0.0 for stage in row.stages.values()) for row in rows]
-    places = range(len(rows))
+    positions = range(len(rows))
     left = [0.0] * len(rows)
     for name in names:
         widths = [(row.stages[name].ms_per_image or 0.0) if name in row.stages else 0.0 for row in rows]
-        axes.barh(places, widths, left=left, height=0.68, color=colors[name], label=name)
-        for place, width in zip(places, widths, strict=True):
-            if width > _NARROWEST_LABELLED * max(sums):
+        axes.barh(positions, widths, left=left, height=0.68, color=colors[name], label=name)
+        for position, width in zip(positions, widths, strict=True):
+            if width > _NARROWEST_LABELED * max(sums):
                 ink = "white" if colors[name] in _DARK else "black"
-                middle = left[place] + width / 2
-                axes.text(middle, place, figure_text(width), ha="center", va="center", color=ink, fontsize=8)
+                middle = left[position] + width / 2
+                axes.text(middle, position, figure_text(width), ha="center", va="center", color=ink, fontsize=8)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for place, row in zip(places, rows, strict=True):
+    for position, row in zip(positions, rows, strict=True):
         assert row.total is not None
         text = f"{figure_text(row.total.ms_per_image)} ms"
         if row.total.p99_ms is not None:
             text = f"median {text}, 99th percentile {figure_text(row.total.p99_ms)} ms"
-        axes.text(left[place], place, f" {text}", ha="left", va="center", fontsize=9, fontweight="bold")
-    axes.set_yticks(list(places), [f"batch {row.batch_size}" for row in rows])
-    room = 1.2 if rows[0].mode == "throughput" else 1.75  # for the totals
-    axes.set_xlim(0, room * max(sums))
+        axes.text(left[position], position, f" {text}", ha="left", va="center", fontsize=9, fontweight="bold")
+    axes.set_yticks(list(positions), [f"batch {row.batch_size}" for row in rows])
+    stretch = 1.2 if rows[0].mode == "throughput" else 1.75  # for the text of the totals
+    axes.set_xlim(0, stretch * max(sums))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

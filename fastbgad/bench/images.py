@@ -1,4 +1,4 @@
-"""Which images throughput is measured on: a user's own, or files of noise generated in a temporary folder."""
+"""Images that throughput is measured on: a user's own, or generated files of noise."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Sample, list_categories, open_category, read_image, read_mask, resize_mask, write_noise_images
+from ..data import Sample, list_categories, open_category, read_image, read_mask, resize_mask
+from ..data.generated import write_noise_images
 from ..data.layouts import GOOD
 from ..errors import ConfigError, DataError
 from ..predict.local import find_images
 
-# Batches walk through at least so many images, if there are so many: decoding takes longer for some than for others.
+# Batches go through at least this many images, if there are so many, because decoding times differ between images.
 _FEWEST_IMAGES = 16
-# Files of noise: so many, or fewer of a large size, which take seconds each to write.
+# Number of files of noise; fewer of a large size, because each takes seconds to write.
 _GENERATED_FILES = 8
 _GENERATED_PIXELS = 8 * 1024 * 1024
 _FEWEST_GENERATED = 2
-# Of an image's pixels, those that its made-up mask marks: about the share of MVTec AD's defects.
+# Share of an image's pixels that a generated mask marks: about that of MVTec AD's defects.
 _MASKED_SHARE = 0.02
 
 
@@ -33,7 +34,7 @@ class BenchImages(NamedTuple):
     generated: bool
 
     def describe(self, image_size: int, batch_size: int) -> str:
-        """What a reader must know about the images of a row: how many, how large, resized or not, repeated or not."""
+        """Describe the images of a row: number, size, whether they are resized and repeated."""
         low, high = (tuple(edge(side) for side in zip(*self.sides, strict=True)) for edge in (min, max))
         kind = "generated PNG file" if self.generated else "image"
         kind += "" if len(self.samples) == 1 else "s"
@@ -49,12 +50,12 @@ class BenchImages(NamedTuple):
 
 
 def open_images(data: Path, category: str | None, layout: str, most_images: int, seed: int) -> BenchImages:
-    """Chooses images of a folder at random; those that cannot be read are left out and named.
+    """Choose images of a folder at random; those that cannot be read are left out and named.
 
     Args:
-        data: a dataset in one of the known layouts, whose test images are taken; else a folder of images, or one file.
+        data: a dataset in one of the known layouts, whose test images are used; else a folder of images, or one file.
         category: of a dataset with several.
-        layout: see `open_category`; "auto" takes any folder without a known layout as a plain folder of images.
+        layout: see `open_category`; "auto" treats a folder without a known layout as a plain folder of images.
         most_images: the largest batch.
         seed: of the choice.
 
@@ -84,10 +85,10 @@ def open_images(data: Path, category: str | None, layout: str, most_images: int,
 
 
 def truth_masks(images: BenchImages, side: int, seed: int) -> Tensor:
-    """Masks bool [n, side, side] for timing the metrics, with anomalous and normal pixels in every one.
+    """Return masks bool [n, side, side] for timing the metrics, with anomalous and normal pixels in every one.
 
-    An image has its own mask where that marks any pixel, else a disc somewhere: the metrics of a batch need both
-    kinds of pixels, and their cost hardly depends on where these are.
+    Where an image has no mask with both kinds of pixels it gets a disc at random: the metrics of a batch need both
+    kinds, and their cost hardly depends on where these are.
     """
     rng = np.random.default_rng(seed)
     masks = np.zeros((len(images.samples), side, side), dtype=bool)
@@ -108,7 +109,7 @@ def _list_samples(data: Path, category: str | None, layout: str) -> list[Sample]
 
 
 def generate_images(folder: Path, side: int, seed: int) -> BenchImages:
-    """Writes square files of noise of `side` pixels into `folder`; see `write_noise_images`.
+    """Write square files of noise of `side` pixels into `folder`; see `write_noise_images`.
 
     Raises:
         ConfigError: `side` is below 1. OutputError: the folder cannot be written.

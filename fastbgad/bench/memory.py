@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, on a GPU or, on Linux, in this process."""
+"""Peak memory of a call, on a GPU or, on Linux, in this process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): the peak resident set starts again at the current one
 # Of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Allocations from this size on are pages of their own while memory is measured. The largest that glibc comes to by
-# itself is where it stands afterwards.
+# While memory is measured, larger allocations get pages of their own. Afterwards the threshold is the largest that
+# glibc reaches by itself.
 _MEASURED_THRESHOLD, _LARGEST_THRESHOLD = 128 << 10, 32 << 20
 _SMALLEST_HOLE = 1 << 20
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that `call` holds at one time, beyond what was held before it.
+    """Return the largest number of bytes that `call` holds at one time, beyond those held before it.
 
-    It is called once; what the first call of a kind makes for good (tables, workspaces, compiled kernels) counts, so
+    It is called once. Memory that a first call allocates for good (tables, workspaces, compiled kernels) counts, so
     call it once before to leave that out. On a GPU the tensors of this process are counted; on a CPU the resident
     memory of the whole process, other threads included, in pages. Blocks of less than 1 MiB may count to the end of
     the call when they are freed before.
@@ -36,9 +36,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         device: where the work runs.
 
     Returns:
-        Bytes, at least 0; None where it cannot be told: a CPU without Linux's /proc, another kind of device.
+        Bytes, at least 0; None where that is unknown: a CPU without Linux's /proc, another kind of device.
     """
-    # What lies idle would be used again unseen, or freed in the middle.
+    # Idle memory would be reused unseen, or freed in the middle.
     gc.collect()
     reused_memory.release()
     if device.type == "cuda":
@@ -51,7 +51,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     if device.type != "cpu" or not _CLEAR_REFS.exists():
         call()
         return None
-    with _freed_blocks_go_back():
+    with _freed_blocks_returned():
         if not _reset_peak():
             call()
             return None
@@ -65,23 +65,32 @@ class _MallocInfo(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
-        )
-    )  # fmt: skip
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
 
 
 @contextlib.contextmanager
-def _freed_blocks_go_back() -> Iterator[None]:
-    """Hand free memory back to the system, and make large blocks go back when they are freed.
+def _freed_blocks_returned() -> Iterator[None]:
+    """Return free memory to the system, and make the C library return large blocks when they are freed.
 
-    Memory that the C library keeps after a free is resident and would hide the allocation that takes it again. And
-    glibc takes an allocation, however large, out of free room inside its heap if it fits there; a block that is freed
-    there stays resident, and so does one below a threshold that grows with what is freed. The peak would then hold
-    blocks that were freed before it, more or fewer depending on what the process did before the call. So the call
-    finds the threshold low, and the free room taken by blocks that are never touched.
+    Memory that the C library keeps after a free is resident and would hide the allocation that reuses it. Further,
+    glibc serves an allocation of any size from free space inside its heap if it fits there; a block that is freed there
+    stays resident, and so does one below a threshold that grows with what is freed. The peak would then include blocks
+    that were freed before it, depending on what the process did before the call. Therefore the threshold is low during
+    the call, and the free space is allocated as blocks that are never touched.
 
-    The second half needs glibc 2.33. What another C library keeps is not known.
+    The second half needs glibc 2.33. The behavior of other C libraries is not known.
     """
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
@@ -96,7 +105,7 @@ def _freed_blocks_go_back() -> Iterator[None]:
         return
     holes = list[int]()
     try:
-        size = libc.mallinfo2().fordblks  # all free room
+        size = libc.mallinfo2().fordblks  # all free space
         while size >= _SMALLEST_HOLE:
             free = libc.mallinfo2().fordblks
             block = libc.malloc(size)
@@ -114,7 +123,7 @@ def _freed_blocks_go_back() -> Iterator[None]:
 
 
 def _reset_peak() -> bool:
-    """Make the system's record of the peak start again; False where there is none."""
+    """Reset the system's record of the peak; return False where there is none."""
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
         return _status_bytes("VmHWM") > 0
@@ -123,7 +132,7 @@ def _reset_peak() -> bool:
 
 
 def _status_bytes(name: str) -> int:
-    """A figure of /proc/self/status in bytes; 0 if the system does not tell it."""
+    """Return a figure of /proc/self/status in bytes, 0 if it is not there."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

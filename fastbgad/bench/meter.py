@@ -1,8 +1,8 @@
-"""How long inference takes from image file to anomaly map, stage by stage: by batch for throughput, alone for latency.
+"""Times of inference from image file to anomaly map, stage by stage: batches for throughput, single images for latency.
 
-Every pass reads a batch of files anew and walks through the stages one after another, with a wait for the device after
-each. `fastbgad.predict_files` decodes one batch ahead beside the model, which hides most of the decoding where a GPU
-does the rest.
+Every pass reads a batch of files and runs the stages one after another, and waits for the device after each.
+`fastbgad.predict_files` in contrast decodes one batch ahead while the model works, which hides most of the decoding
+where the model runs on a GPU.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import get_args
 
 import numpy as np
 import torch
 
 from ..backbones import Backbone
 from ..config import FlowConfig, LossConfig
-from ..errors import ConfigError, FastBGADError
+from ..errors import ConfigError, FastBGADError, check_choice
 from ..model.detector import BGAD
 from ..model.scoring import calibrate
 from ..ops import Impl, MatmulPrecision, resolve_impl
@@ -32,16 +31,16 @@ from .roofline import Ceilings, flow_bytes, flow_flops, measure_ceilings
 from .rows import Mode, Row, Stage
 from .stages import DECODE, METRICS, SCORING, UPLOAD, Work, flow_names, load_image
 
-# A median settles soon; the 99th percentile is a guess with fewer than a hundred.
+# A median needs few passes; a 99th percentile needs at least a hundred.
 _REPEATS = {"throughput": 5, "latency": 100}
-# Whole passes behind the timed ones, for the peaks of memory: stage by stage, and all at once.
+# Passes after the timed ones, for the peaks of memory: stage by stage, and of the whole.
 _MEMORY_PASSES = 2
-_WHOLE = ""  # the name of the second one among the stages
+_WHOLE = ""  # name of the whole among the stages
 
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    """What is measured, and how often."""
+    """Options of a measurement: image and batch sizes, passes, threads."""
 
     mode: Mode = "throughput"
     image_sizes: tuple[int, ...] = (256,)  # pixels a side that the model works at
@@ -52,8 +51,7 @@ class ThroughputConfig:
     seed: int = 0  # of the flows' weights, the choice of images and the made-up masks
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"mode is {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
+        check_choice("mode", self.mode, Mode)
         for name, values in (("image size", self.image_sizes), ("batch size", self.batch_sizes)):
             if not values:
                 raise ConfigError(f"no {name} is given; give one at least")
@@ -68,22 +66,22 @@ class ThroughputConfig:
 
     @property
     def timed_passes(self) -> int:
-        """Timed passes of every row."""
+        """Number of timed passes of every row."""
         return _REPEATS[self.mode] if self.repeats is None else self.repeats
 
     @property
     def cases(self) -> list[tuple[int, int]]:
-        """(image size, batch size) of every row, each once, in the order given."""
+        """Image size and batch size of every row, each pair once, in the order given."""
         batches = self.batch_sizes if self.mode == "throughput" else (1,)
         return [(side, batch) for side in dict.fromkeys(self.image_sizes) for batch in dict.fromkeys(batches)]
 
 
 class ThroughputMeter:
-    """Measures rows with one backbone on one device.
+    """Measurement of rows with one backbone on one device.
 
     Args:
         backbone: on `device`.
-        config: what is measured.
+        config: options of the measurement.
         device: where the model runs.
         impl: which implementation of the operations to use, see `fastbgad.ops`.
         matmul_precision: operands of matrix products, see `fastbgad.ops.flow_forward`.
@@ -111,18 +109,18 @@ class ThroughputMeter:
         self.device = device
         self.impl: Impl = impl
         self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
-        self.flow = FlowConfig()
+        self.flow: FlowConfig = FlowConfig()
         self.ceilings: Ceilings | None = measure_ceilings(device) if device.type == "cuda" else None
 
     def row(
         self, image_size: int, batch_size: int, images: BenchImages, on_pass: Callable[[int, int], None] | None = None
     ) -> Row:
-        """Measures one row; what goes wrong with it, out of memory included, is told in `Row.failed`.
+        """Measure one row; an error, such as too little memory, is reported in `Row.failed`.
 
         Args:
             image_size: pixels a side that the model works at.
-            batch_size: images that go through the model together; those there are get repeated if they are fewer.
-            images: what to read.
+            batch_size: images that go through the model together; fewer images are repeated.
+            images: to read.
             on_pass: called with the number of passes done and of all passes.
         """
         mode, about = self.config.mode, images.describe(image_size, batch_size)
@@ -133,7 +131,7 @@ class ThroughputMeter:
             reason = _reason(error, self.device)
             if reason is None:
                 raise
-        # Outside of the handler: the error's traceback holds every tensor of the row that failed.
+        # Outside of the handler, because the error's traceback holds every tensor of the row that failed.
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -152,7 +150,7 @@ class ThroughputMeter:
             work = Work(model, pool, images.samples, masks)
             with torch.inference_mode():
                 for done in range(config.warmup + config.timed_passes):
-                    # Another batch each time, so that the figures stand for all images.
+                    # Another batch each time, so that the figures represent all images.
                     work.begin(list(islice(numbers, batch_size)))
                     for name, stage in work.stages.items():
                         started = time.perf_counter()
@@ -167,7 +165,7 @@ class ThroughputMeter:
         return self._summary(batch_size, seconds, peaks, facts)
 
     def _model(self, image_size: int, images: BenchImages) -> BGAD:
-        """A model of this size with calibration constants, as a trained one has them."""
+        """Return a model of this size with a calibration, like a trained one."""
         model = BGAD(
             self.backbone,
             (image_size, image_size),
@@ -185,12 +183,14 @@ class ThroughputMeter:
             self.backbone.fit([batch])
         loss = LossConfig()
         with torch.inference_mode():
-            found = calibrate(model(batch), model.image_size, beta=loss.beta, tau=loss.tau, normalizer=model.normalizer)
-            model.set_calibration(found)
+            levels = model(batch)
+            model.set_calibration(
+                calibrate(levels, model.image_size, beta=loss.beta, tau=loss.tau, normalizer=model.normalizer)
+            )
         return model
 
     def _facts(self, work: Work, medians: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """Channels and rows of every flow; on a GPU also which fractions of its ceilings are reached. After a pass."""
+        """Return channels and rows of every flow, on a GPU also the fractions of its ceilings; call it after a pass."""
         facts: dict[str, dict[str, float]] = {}
         for name, features in zip(flow_names(work.model), work.features, strict=True):
             batch, channels, height, width = features.shape
@@ -202,24 +202,29 @@ class ThroughputMeter:
                 facts[name]["copy_fraction"] = traffic / medians[name] / self.ceilings.copy_bytes_per_second
                 facts[name]["matrix_fraction"] = flops / medians[name] / self.ceilings.matrix_flops_per_second
         if self.ceilings is not None:
-            made = work.prediction
-            tensors = (*made.log_likelihoods, made.anomaly_map, made.decision, *made.patch_sides)
+            prediction = work.prediction
+            tensors = (
+                *prediction.log_likelihoods,
+                prediction.anomaly_map,
+                prediction.decision,
+                *prediction.patch_sides,
+            )
             traffic = sum(tensor.nbytes for tensor in tensors)
             facts[SCORING] = {"copy_fraction": traffic / medians[SCORING] / self.ceilings.copy_bytes_per_second}
         return facts
 
     def _peaks(self, work: Work, numbers: list[int]) -> dict[str, int | None]:
-        """Peak bytes of every stage and of a whole pass; on a GPU its memory, so not of what runs beside it."""
+        """Return peak bytes of every stage and of the whole; on a GPU of its memory, so None for stages on the CPU."""
         peaks: dict[str, int | None] = {}
-        # What is alive now stays so; frozen, it is not looked through again for every stage, which takes a tenth of a
-        # second each time.
+        # Objects that are alive now stay alive. Frozen, they are not searched again for every stage, which would take
+        # a tenth of a second each time.
         gc.collect()
         gc.freeze()
         try:
             work.begin(numbers)
             for name, stage in work.stages.items():
-                found = peak_bytes(stage, self.device)
-                peaks[name] = None if self.device.type == "cuda" and name in (DECODE, METRICS) else found
+                peak = peak_bytes(stage, self.device)
+                peaks[name] = None if self.device.type == "cuda" and name in (DECODE, METRICS) else peak
             work.begin(numbers)
             peaks[_WHOLE] = peak_bytes(work.run, self.device)
         finally:
@@ -233,7 +238,7 @@ class ThroughputMeter:
         peaks: Mapping[str, int | None],
         facts: Mapping[str, Mapping[str, float]],
     ) -> tuple[dict[str, Stage], Stage]:
-        """All stages, and the total."""
+        """Return all stages, and the total."""
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         whole, latency = sum(medians.values()), self.config.mode == "latency"
 
@@ -260,7 +265,7 @@ class ThroughputMeter:
 
 
 def _reason(error: Exception, device: torch.device) -> str | None:
-    """Why a row failed, in one sentence; None for an error that is a bug."""
+    """Return the reason why a row failed in one sentence, None for an error that is a bug."""
     if isinstance(error, FastBGADError):
         return str(error)
     text = str(error).strip().partition("\n")[0]

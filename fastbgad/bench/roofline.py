@@ -1,6 +1,6 @@
-"""How much arithmetic and memory traffic the flow needs, whatever computes it, and how much of both a GPU can do.
+"""Arithmetic and memory traffic that the flow needs with any implementation, and the ceilings of a GPU for both.
 
-Measured times are held against these counts: bytes and operations per second, as fractions of what the device reaches
+Measured times are compared with these counts: bytes and operations per second, as fractions of the rates of the device
 in a plain copy and a plain matrix product.
 """
 
@@ -19,7 +19,7 @@ _ROUNDS = 9
 
 
 def flow_flops(rows: int, channels: int, coupling_layers: int = 8, condition_channels: int = 128) -> int:
-    """Floating-point operations of the flow's matrix products with a separable condition, 2 per multiply-add.
+    """Return the operations of the flow's matrix products with a separable condition, 2 per multiply-add.
 
     Per row and layer: W1x [H, C1] and W2 [2 C2, H] of the subnet, W_perm [C, C]; the condition comes from tables. The
     last permutation is not needed for a log-likelihood.
@@ -33,24 +33,24 @@ def flow_flops(rows: int, channels: int, coupling_layers: int = 8, condition_cha
 
 
 def flow_bytes(rows: int, channels: int, bytes_per_feature: int = 4) -> int:
-    """Bytes that must cross the device memory: features in, log-likelihood out. Weights fit in the cache."""
+    """Return the bytes that must cross the device memory: features in, log-likelihood out. Weights fit in the cache."""
     return rows * (channels * bytes_per_feature + 4)
 
 
 class Ceilings(NamedTuple):
-    """What a GPU reaches at best."""
+    """Highest rates of a GPU, measured."""
 
     copy_bytes_per_second: float  # read and written
     matrix_flops_per_second: float  # of a float16 product
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Times a large copy and a large float16 product on a GPU; takes about 1 GiB of its memory for a moment."""
+    """Time a large copy and a large float16 product on a GPU. This needs about 1 GiB of its memory for a moment."""
     return Ceilings(2 * _COPY_BYTES / _copy_seconds(device), 2 * _PRODUCT_SIDE**3 / _product_seconds(device))
 
 
 def _copy_seconds(device: torch.device) -> float:
-    # Random, as real data are: what the memory system can compress or skip would flatter the ceiling.
+    # Random, like real data: data that the memory system can compress would raise the ceiling.
     source = torch.randint(-128, 128, (_COPY_BYTES,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return _median_seconds(lambda: target.copy_(source), device)
@@ -62,7 +62,7 @@ def _product_seconds(device: torch.device) -> float:
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median by the device's own clock, after two calls that are not timed."""
+    """Return the median by the device's own clock, after two calls that are not timed."""
     seconds = []
     with torch.cuda.device(device):
         for round_ in range(-2, _ROUNDS):

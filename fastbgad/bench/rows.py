@@ -1,4 +1,4 @@
-"""What throughput measurements are made of: stages, rows of stages, and both as JSON and as cells of a table."""
+"""Rows of throughput measurements and their stages, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NONE = "-"
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage takes, per image: medians over the passes, divided by the images of a batch."""
+    """Time and memory of one stage, per image: medians over the passes, divided by the images of a batch."""
 
     ms_per_image: float | None  # None: there is no such stage on this device
     share: float = 0.0  # of the sum of all stages
@@ -26,21 +26,21 @@ class Stage:
 
     @property
     def images_per_s(self) -> float | None:
-        """The rate of this stage alone."""
+        """Images per second of this stage alone."""
         return 1e3 / self.ms_per_image if self.ms_per_image else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the last six only where they have a value."""
-        found: dict[str, Any] = {
+        """Return plain values, for JSON; those of latency, flows and GPUs only where there are any."""
+        values: dict[str, Any] = {
             "ms_per_image": self.ms_per_image,
             "images_per_s": self.images_per_s,
             "share": self.share,
             "peak_mib": self.peak_mib,
         }
         if self.p99_ms is not None:
-            found |= {"p50_ms": self.ms_per_image, "p99_ms": self.p99_ms}
+            values |= {"p50_ms": self.ms_per_image, "p99_ms": self.p99_ms}
         extras = {name: getattr(self, name) for name in ("channels", "rows", "copy_fraction", "matrix_fraction")}
-        return found | {name: value for name, value in extras.items() if value is not None}
+        return values | {name: value for name, value in extras.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Row:
     image_size: int
     batch_size: int
     mode: Mode
-    images: str  # how many there were, and what was done to them
+    images: str  # their number and size, and what was done to them
     stages: Mapping[str, Stage] = field(default_factory=dict)
     total: Stage | None = None
     skipped: tuple[str, ...] = ()  # one message per image that could not be used
@@ -61,11 +61,11 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What names the row in tables and charts."""
+        """Name of the row in tables and charts."""
         return f"{self.image_size} px, batch {self.batch_size}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values, for JSON."""
         return {
             "image_size": self.image_size,
             "batch_size": self.batch_size,
@@ -78,7 +78,7 @@ class Row:
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and lines for a terminal; what no stage has gets no column."""
+        """Return headings and lines for a terminal; values that no stage has get no column."""
         assert self.total is not None
         stages = {**self.stages, "total": self.total}
         on_gpu = any(stage.copy_fraction is not None for stage in stages.values())
@@ -88,13 +88,13 @@ class Row:
         lines = []
         for name, stage in stages.items():
             second = stage.p99_ms if self.mode == "latency" else stage.images_per_s
-            cells = [_label(name, stage), figure_text(stage.ms_per_image), figure_text(second)]
-            cells += [_NONE if stage.ms_per_image is None else f"{stage.share:.1%}"]
-            cells += [_NONE if stage.peak_mib is None else f"{stage.peak_mib:.1f}"]
+            texts = [_label(name, stage), figure_text(stage.ms_per_image), figure_text(second)]
+            texts += [_NONE if stage.ms_per_image is None else f"{stage.share:.1%}"]
+            texts += [_NONE if stage.peak_mib is None else f"{stage.peak_mib:.1f}"]
             if on_gpu:
                 fractions = (stage.copy_fraction, stage.matrix_fraction)
-                cells += [_NONE if fraction is None else f"{fraction:.0%}" for fraction in fractions]
-            lines.append(cells)
+                texts += [_NONE if fraction is None else f"{fraction:.0%}" for fraction in fractions]
+            lines.append(texts)
         return headings, lines
 
 
@@ -103,7 +103,7 @@ def _label(name: str, stage: Stage) -> str:
 
 
 def figure_text(value: float | None) -> str:
-    """Three digits that count, more before the point."""
+    """Return a number with three significant digits, or all digits before the point."""
     if value is None:
         return _NONE
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value < 1 else f"{value:.{2 if value < 10 else 1}f}"

@@ -19,17 +19,17 @@ DECODE, UPLOAD, BACKBONE, SCORING, METRICS = "decode", "host to device", "backbo
 
 
 class Work:
-    """One batch on its way: every stage takes what the one before left here.
+    """One batch on its way through the stages: each stores its results here for the next.
 
     Args:
         model: with calibration constants.
         pool: threads that decode.
-        samples: the images there are.
+        samples: all images.
         masks: bool [n, H, W], one per sample; None leaves the metrics out.
 
     Attributes:
-        stages: name to call, in order; to be called in order, in `torch.inference_mode`.
-        levels: per level lp [B, h, w], behind the flows.
+        stages: the calls by name, to be made in this order, in `torch.inference_mode`.
+        levels: per level lp [B, h, w], after the flows.
     """
 
     images: Tensor  # uint8 [B, 3, H, W]
@@ -39,7 +39,10 @@ class Work:
     def __init__(
         self, model: BGAD, pool: ThreadPoolExecutor, samples: Sequence[Sample], masks: Tensor | None = None
     ) -> None:
-        self.model, self.pool, self.samples, self.masks = model, pool, samples, masks
+        self.model: BGAD = model
+        self.pool: ThreadPoolExecutor = pool
+        self.samples: Sequence[Sample] = samples
+        self.masks: Tensor | None = masks
         self.numbers: list[int] = []
         self.levels: list[Tensor] = []
         self.stages: dict[str, Callable[[], object]] = {DECODE: self._decode}
@@ -53,13 +56,13 @@ class Work:
             self.stages[METRICS] = self._metrics
 
     def begin(self, numbers: list[int]) -> None:
-        """Chooses the samples of the next batch and frees what the last one left."""
+        """Choose the samples of the next batch and free the results of the last one."""
         for name in ("images", "features", "prediction"):
             self.__dict__.pop(name, None)
         self.numbers, self.levels = numbers, []
 
     def run(self) -> None:
-        """All stages."""
+        """Run all stages."""
         for stage in self.stages.values():
             stage()
 
@@ -79,7 +82,7 @@ class Work:
 
     def _score(self) -> None:
         self.prediction = self.model.decide(self.levels)
-        self.prediction.image_score.tolist()  # now the host knows the scores
+        self.prediction.image_score.tolist()  # waits until the host has the scores
 
     def _metrics(self) -> None:
         assert self.masks is not None
@@ -87,10 +90,10 @@ class Work:
 
 
 def flow_names(model: BGAD) -> list[str]:
-    """The name of every level's flow as a stage, in timm's numbering."""
+    """Return the names of the flows as stages, by their levels in timm's numbering."""
     return [f"flow {level}" for level in model.backbone.config()["levels"]]
 
 
 def load_image(sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A sample's image at `size` (height, width), uint8 [H, W, 3]; raises `DataError`."""
+    """Return a sample's image at `size` (height, width), uint8 [H, W, 3]; raise `DataError` if it cannot be read."""
     return resize_image(read_image(sample.image), size)

@@ -1,4 +1,4 @@
-"""Meeting points with other code: FrEIA's flows, anomalib's models, the official BGAD's function names.
+"""Compatibility with other code: FrEIA's flows, anomalib's models and the official BGAD's function names.
 
-Nothing here is imported by the rest of fastbgad, and importing it needs none of those packages.
+Only `fastbgad.compat.anomalib` needs the package that it is for.
 """

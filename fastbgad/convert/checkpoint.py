@@ -1,12 +1,11 @@
-"""Checkpoint files of other code: the official BGAD, CFLOW-AD and anomalib's Cflow, recognised by what they hold.
+"""Checkpoint files of other code: the official BGAD, CFLOW-AD and anomalib's Cflow, recognized by their content.
 
-A file is only ever read by PyTorch's restricted unpickler: classes that it does not know become inert stand-ins, and
-nothing in a file is executed. What the flows look like is deduced from the shapes of their tensors.
+Files are read by PyTorch's restricted unpickler only: classes that it does not know are replaced by inert objects, and
+no code in a file is executed. The shapes of the flows are inferred from their tensors.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,15 +18,17 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..ops.permutations import is_permutation_matrix, permutation_matrix
 from ..system.files import atomic_path
+from ..system.torch_file import read_torch_file
+from ..wording import listed
 
 Kind = Literal["bgad", "cflow-ad", "anomalib"]
 Permutation = Literal["rotation", "matrix", "index"]
 
 KIND_NAMES: dict[str, str] = {"bgad": "official BGAD", "cflow-ad": "CFLOW-AD", "anomalib": "anomalib Cflow"}
-"""What people call each kind of checkpoint."""
+"""Name of each kind of checkpoint in messages."""
 
 _READABLE = "convert reads the .pt files of the official BGAD and of CFLOW-AD, and the .ckpt files of anomalib's Cflow"
-_ENCODER = "encoder.feature_extractor."  # where anomalib keeps timm's model
+_ENCODER = "encoder.feature_extractor."  # prefix of timm's model in anomalib's
 _SHOWN = 3
 # The tensors of one FrEIA AllInOneBlock whose subnet is Linear, ReLU, Linear.
 _BLOCK = (
@@ -43,12 +44,21 @@ _BLOCK = (
 
 
 class FlowShape(NamedTuple):
-    """What the tensors of a flow say about it."""
+    """Shape of a flow, inferred from its tensors."""
 
     channels: int
     condition_channels: int  # 0 for an unconditional flow
     coupling_layers: int
     permutation: Permutation  # general rotations; permutation matrices; or indices, as FrEIA's main branch stores them
+
+
+class _Preprocessing(NamedTuple):
+    """Preprocessing of images that an anomalib checkpoint describes; see `ForeignCheckpoint`."""
+
+    image_size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,17 +67,17 @@ class ForeignCheckpoint:
 
     Attributes:
         path: the file.
-        kind: whose it is.
+        kind: the code that wrote it.
         encoder: the backbone's tensors under their own names; empty if the file has none.
-        decoders: per level the state dict of FrEIA's `SequenceINN`, as it stands in the file.
-        flows: per level what it describes.
-        backbone: timm's name of the backbone, where the file says it.
-        layers: names or indices of the feature levels, where the file says them.
-        clamp: bound of the log-scale, where the file says it.
-        image_size: (height, width) in pixels, where the file says it.
-        mean: three values that images in [0, 1] are reduced by, where the file says them.
-        std: three values that they are then divided by.
-        notes: what the file asks for and fastbgad does otherwise, in whole sentences.
+        decoders: per level the state dict of FrEIA's `SequenceINN`, unchanged.
+        flows: shape of the flow of each level.
+        backbone: timm's name of the backbone, if the file names it.
+        layers: names or indices of the feature levels, if the file names them.
+        clamp: bound of the log-scale, if the file gives it.
+        image_size: (height, width) in pixels, if the file gives it.
+        mean: three values to subtract from images in [0, 1], if the file gives them.
+        std: three values to divide by after that, likewise.
+        notes: settings in the file that fastbgad does not follow, in whole sentences.
     """
 
     path: Path
@@ -85,7 +95,7 @@ class ForeignCheckpoint:
 
 
 def read_foreign(path: str | Path) -> ForeignCheckpoint:
-    """Reads a checkpoint of the official BGAD, of CFLOW-AD or of anomalib's Cflow, without running any code in it.
+    """Read a checkpoint of the official BGAD, of CFLOW-AD or of anomalib's Cflow, without running any code in it.
 
     Raises:
         CheckpointError: no such file, damaged, none of the three, or a flow that fastbgad does not have.
@@ -98,21 +108,21 @@ def read_foreign(path: str | Path) -> ForeignCheckpoint:
         state = content.get("state_dict", content)
         if isinstance(state, Mapping) and any(re.match(r"(model\.)?decoders\.0\.module_list\.", str(k)) for k in state):
             return _from_anomalib(path, content, state)
-        found = f"holds {_listed(map(str, state if isinstance(state, Mapping) else content))}"
+        described = _listed(map(str, state if isinstance(state, Mapping) else content))
     else:
-        found = f"holds a {type(content).__name__}"
-    raise CheckpointError(f"{path} {found} and no flows of FrEIA: {_READABLE}")
+        described = f"a {type(content).__name__}"
+    raise CheckpointError(f"{path} holds {described} and no flows of FrEIA: {_READABLE}")
 
 
 def write_foreign(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint with `torch.save`, atomically; raises `OutputError` if that is not possible."""
+    """Write a checkpoint with `torch.save`, atomically; raise `OutputError` if that is not possible."""
     # Through an open file: given a path, torch.save would write the temporary file's name into the archive.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(dict(content), file)
 
 
 def our_state(decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A flow's tensors as `fastbgad.ConditionalFlow` loads them: float32, permutations as matrices [C, C]."""
+    """Return a flow's tensors as `fastbgad.ConditionalFlow` loads them: float32, permutations as matrices [C, C]."""
     state = {}
     for key, tensor in decoder.items():
         if not tensor.is_floating_point():
@@ -122,7 +132,7 @@ def our_state(decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def foreign_state(flow: Mapping[str, Tensor], permutation: Permutation) -> dict[str, Tensor]:
-    """The state dict of `fastbgad.ConditionalFlow` as FrEIA loads it, on the CPU: the inverse of `our_state`."""
+    """Return a `fastbgad.ConditionalFlow`'s state dict as FrEIA loads it, on the CPU; the inverse of `our_state`."""
     state = {}
     for key, tensor in flow.items():
         tensor = tensor.detach().cpu()
@@ -132,112 +142,75 @@ def foreign_state(flow: Mapping[str, Tensor], permutation: Permutation) -> dict[
     return state
 
 
-# ----------------------------------------------------------------- reading
-
-
-class _Inert:
-    """Stands in for whatever a checkpoint holds besides tensors and plain values; takes anything, does nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; {_READABLE}")
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if not unknown:
-                raise
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Damage and refusals come as many kinds of errors. What the unpickler itself says is advice to load unsafely.
-        detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of PyTorch{detail}: it is damaged, of another format, or holds "
-            f"Python objects that are not loaded for safety; copy it again from its source. {_READABLE}"
-        ) from error
+    return read_torch_file(path, f"copy it again from its source. {_READABLE}", inert_objects=True)
 
 
 def _from_state_dicts(path: Path, content: Mapping[str, Any]) -> ForeignCheckpoint:
-    """The official BGAD's and CFLOW-AD's layout: an encoder and a list of decoders."""
+    """Read the layout of the official BGAD and CFLOW-AD: an encoder and a list of decoders."""
     encoder = _tensors(path, content.get("encoder_state_dict", {}), "encoder_state_dict")
-    listed = content["decoder_state_dict"]
-    if isinstance(listed, Mapping) and any(str(key).startswith("module_list.") for key in listed):
-        listed = [listed]  # a single decoder
-    elif isinstance(listed, Mapping):
-        listed = _by_number(path, {str(key): value for key, value in listed.items()})
-    if not isinstance(listed, (list, tuple)) or not listed:
+    states = content["decoder_state_dict"]
+    if isinstance(states, Mapping) and any(str(key).startswith("module_list.") for key in states):
+        states = [states]  # a single decoder
+    elif isinstance(states, Mapping):
+        states = _by_number(path, {str(key): value for key, value in states.items()})
+    if not isinstance(states, (list, tuple)) or not states:
         raise CheckpointError(f"{path} has no flows in its decoder_state_dict; save it again from the trained model")
-    decoders = tuple(_tensors(path, state, f"decoder {level + 1}") for level, state in enumerate(listed))
-    flows = _describe(path, decoders)
-    return ForeignCheckpoint(path, _whose(path, encoder, flows), encoder, decoders, flows)
+    decoders = tuple(_tensors(path, state, f"decoder {level + 1}") for level, state in enumerate(states))
+    flows = _flow_shapes(path, decoders)
+    return ForeignCheckpoint(path, _kind_of(path, encoder, flows), encoder, decoders, flows)
 
 
 def _from_anomalib(path: Path, content: Mapping[str, Any], state: Mapping[str, Any]) -> ForeignCheckpoint:
-    """anomalib's layout: the state dict of the Lightning module, hyperparameters and the preprocessing beside it."""
+    """Read anomalib's layout: the state dict of the Lightning module, hyperparameters and preprocessing."""
     everything = {str(key).removeprefix("model."): value for key, value in state.items()}
     encoder = {k.removeprefix(_ENCODER): value for k, value in everything.items() if k.startswith(_ENCODER)}
     numbered = {k.removeprefix("decoders."): value for k, value in everything.items() if k.startswith("decoders.")}
     decoders = tuple(
         _tensors(path, part, f"decoder {level + 1}") for level, part in enumerate(_by_number(path, numbered))
     )
-    known = content.get("hyper_parameters") if content is not state else None
-    known = known if isinstance(known, Mapping) else {}
-    backbone, layers, clamp = known.get("backbone"), known.get("layers"), known.get("clamp_alpha")
+    options = content.get("hyper_parameters") if content is not state else None
+    options = options if isinstance(options, Mapping) else {}
+    backbone, layers, clamp = options.get("backbone"), options.get("layers"), options.get("clamp_alpha")
     layers = tuple(layer for layer in layers if isinstance(layer, (str, int))) if _is_sequence(layers) else ()
     if layers and len(layers) != len(decoders):
         raise CheckpointError(
             f"{path} names {len(layers)} layers ({', '.join(map(str, layers))}) but holds {len(decoders)} flows, so "
             "that levels are missing; save it again from the trained model"
         )
-    size, mean, std, notes = _preprocessing(content.get("anomalib_pre_processor_config"))
+    preprocessing = _preprocessing(content.get("anomalib_pre_processor_config"))
     return ForeignCheckpoint(
         path,
         "anomalib",
         _tensors(path, encoder, "encoder"),
         decoders,
-        _describe(path, decoders),
+        _flow_shapes(path, decoders),
         backbone=backbone if isinstance(backbone, str) else None,
         layers=layers,
         clamp=float(clamp) if isinstance(clamp, (int, float)) else None,
-        image_size=size,
-        mean=mean,
-        std=std,
-        notes=notes,
+        **preprocessing._asdict(),
     )
 
 
-def _preprocessing(
-    config: object,
-) -> tuple[tuple[int, int] | None, tuple[float, ...] | None, tuple[float, ...] | None, tuple[str, ...]]:
-    """Image size, mean and deviation in anomalib's description of its transform, and what else it would do."""
-    size: tuple[int, int] | None = None
-    mean = std = None
-    notes = []
+def _preprocessing(config: object) -> _Preprocessing:
+    """Read image size, mean and deviation in anomalib's description of its transform, and note what else is in it."""
+    found = _Preprocessing()
     for name, args in _transforms(config.get("transform") if isinstance(config, Mapping) else None):
-        given = args.get("size")
+        size = args.get("size")
         if name == "Normalize" and _is_sequence(args.get("mean")) and _is_sequence(args.get("std")):
-            mean, std = tuple(map(float, args["mean"])), tuple(map(float, args["std"]))
-        elif name == "Resize" and _is_sequence(given) and len(given) == 2:
-            size = int(given[0]), int(given[1])
+            found = found._replace(mean=tuple(map(float, args["mean"])), std=tuple(map(float, args["std"])))
+        elif name == "Resize" and _is_sequence(size) and len(size) == 2:
+            found = found._replace(image_size=(int(size[0]), int(size[1])))
         else:
-            notes.append(f"anomalib also applied {name} to images, which is not taken over.")
-    return size, mean, std, tuple(notes)
+            note = f"anomalib also applied {name} to images, which is not taken over."
+            found = found._replace(notes=(*found.notes, note))
+    return found
 
 
 def _transforms(spec: object) -> list[tuple[str, Mapping[str, Any]]]:
-    """Class name and arguments of every transform in anomalib's nested description."""
+    """Return class name and arguments of every transform in anomalib's nested description."""
     if not isinstance(spec, Mapping) or not isinstance(spec.get("init_args"), Mapping):
         return []
     name, args = str(spec.get("class_path", "")).rpartition(".")[2], spec["init_args"]
@@ -247,7 +220,7 @@ def _transforms(spec: object) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _by_number(path: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parts "0.*", "1.*", ... of a module list."""
+    """Return the parts "0.*", "1.*", ... of a module list's state dict."""
     parts: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         number, _, rest = key.partition(".")
@@ -262,7 +235,7 @@ def _by_number(path: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tensors(path: Path, state: object, what: str) -> dict[str, Tensor]:
-    """A state dict without the prefix of data parallel training, or the error that it is none."""
+    """Return a state dict without the prefix of data parallel training; raise `CheckpointError` if it is none."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: {what} is no dict of tensors; save it again with the model's `state_dict()`")
     tensors = {str(key): value.detach() for key, value in state.items()}
@@ -271,16 +244,13 @@ def _tensors(path: Path, state: object, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-# ------------------------------------------------------------- recognising
-
-
-def _whose(path: Path, encoder: Mapping[str, Tensor], flows: tuple[FlowShape, ...]) -> Kind:
-    """The official BGAD and CFLOW-AD save the same layout; their encoders differ.
+def _kind_of(path: Path, encoder: Mapping[str, Tensor], flows: tuple[FlowShape, ...]) -> Kind:
+    """Tell the official BGAD from CFLOW-AD, which saves the same layout, by the encoder.
 
     The official BGAD takes timm's `features_only` levels 1 to L; CFLOW-AD takes the last L <= 3 layers of a ResNet of
     its own.
     """
-    # Whole classifiers with hooks inside their blocks, where no level of a `features_only` model is.
+    # CFLOW-AD's other encoders are whole classifiers with hooks inside their blocks, where timm has no feature level.
     if any(re.match(r"(conv_head|blocks\.0\.attn|\d+\.(\d+|block))\.", key) for key in encoder):
         raise CheckpointError(
             f"{path} is a CFLOW-AD checkpoint whose encoder is no ResNet: it takes features from within the blocks of "
@@ -293,25 +263,26 @@ def _whose(path: Path, encoder: Mapping[str, Tensor], flows: tuple[FlowShape, ..
 
 
 def _stage_channels(encoder: Mapping[str, Tensor], stage: str) -> int | None:
-    """Channels of a ResNet's layer: those of the last normalisation of its first block."""
+    """Return the channels of a ResNet's layer: those of the last normalization of its first block."""
     norms = [key for key in encoder if re.fullmatch(rf"{stage}\.0\.bn\d\.weight", key)]
     return len(encoder[max(norms)]) if norms else None
 
 
-def _describe(path: Path, decoders: tuple[dict[str, Tensor], ...]) -> tuple[FlowShape, ...]:
-    flows = tuple(_shape(f"{path}: flow {level + 1}", state) for level, state in enumerate(decoders))
-    for what in ("condition_channels", "coupling_layers", "permutation"):
-        values = [getattr(flow, what) for flow in flows]
+def _flow_shapes(path: Path, decoders: tuple[dict[str, Tensor], ...]) -> tuple[FlowShape, ...]:
+    """Return the shape of the flow of each level; they differ in their channels alone."""
+    flows = tuple(_flow_shape(f"{path}: flow {level + 1}", state) for level, state in enumerate(decoders))
+    for field in ("condition_channels", "coupling_layers", "permutation"):
+        values = [getattr(flow, field) for flow in flows]
         if len(set(values)) > 1:
             raise CheckpointError(
-                f"{path}: its flows differ in {what.replace('_', ' ')} ({', '.join(map(str, values))}), which no "
+                f"{path}: its flows differ in {field.replace('_', ' ')} ({', '.join(map(str, values))}), which no "
                 "model of fastbgad does; train again with `fastbgad train`"
             )
     return flows
 
 
-def _shape(where: str, state: Mapping[str, Tensor]) -> FlowShape:
-    """What a flow's tensors describe; `CheckpointError` if that is no flow of fastbgad."""
+def _flow_shape(where: str, state: Mapping[str, Tensor]) -> FlowShape:
+    """Return the shape of a flow; raise `CheckpointError` if fastbgad has no such flow."""
     blocks: dict[int, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = re.fullmatch(r"module_list\.(\d+)\.(.+)", key)
@@ -327,18 +298,18 @@ def _shape(where: str, state: Mapping[str, Tensor]) -> FlowShape:
     kinds = {permutation for _, _, permutation in shapes}
     if "index" in kinds and len(kinds) > 1:
         _refuse(where, "stores some permutations as indices and some as matrices")
-    # A permutation matrix among rotations is one of them; only a flow that has no other is computed without products.
+    # A permutation matrix among rotations counts as a rotation; only a flow of permutations needs no products for them.
     permutation: Permutation = kinds.pop() if len(kinds) == 1 else "rotation"
     return FlowShape(channels, condition, len(blocks), permutation)
 
 
 def _block(where: str, block: Mapping[str, Tensor]) -> tuple[int, int, Permutation]:
-    """Channels C, condition channels P and kind of permutation of one coupling layer."""
+    """Return the channels C, condition channels P and kind of permutation of one coupling layer."""
     if "vk_householder" in block:
         _refuse(where, "permutes by learned Householder reflections, which fastbgad does not have")
-    unlike = [*(name for name in _BLOCK if name not in block), *(name for name in block if name not in _BLOCK)]
-    if unlike:
-        _refuse(where, f"lacks or has besides what FrEIA's AllInOneBlock has: {_listed(unlike)}")
+    differing = [*(name for name in _BLOCK if name not in block), *(name for name in block if name not in _BLOCK)]
+    if differing:
+        _refuse(where, f"lacks tensors of FrEIA's AllInOneBlock or has others: {_listed(differing)}")
     scale, w_perm, w_perm_inv = block["global_scale"], block["w_perm"], block["w_perm_inv"]
     first, second = block["subnet.0.weight"], block["subnet.2.weight"]
     if scale.ndim != 2 or first.ndim != 2 or second.ndim != 2:
@@ -348,7 +319,7 @@ def _block(where: str, block: Mapping[str, Tensor]) -> tuple[int, int, Permutati
     condition = first.shape[1] - (channels - active)
     hidden = 2 * first.shape[1]
     index = not w_perm.is_floating_point()
-    wanted = {
+    expected = {
         "global_scale": (1, channels),
         "global_offset": (1, channels),
         "w_perm": (channels,) if index else (channels, channels),
@@ -358,10 +329,13 @@ def _block(where: str, block: Mapping[str, Tensor]) -> tuple[int, int, Permutati
         "subnet.2.weight": (2 * active, hidden),
         "subnet.2.bias": (2 * active,),
     }
-    odd = [f"{k} {list(block[k].shape)} instead of {list(shape)}" for k, shape in wanted.items()
-           if tuple(block[k].shape) != shape]  # fmt: skip
-    if odd:
-        _refuse(where, f"has the shapes {_listed(odd)}")
+    misshapen = [
+        f"{name} {list(block[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if tuple(block[name].shape) != shape
+    ]
+    if misshapen:
+        _refuse(where, f"has the shapes {_listed(misshapen)}")
     if channels < 2 or condition < 0 or condition % 4:
         _refuse(where, f"has {channels} channels and {condition} of its condition, which must be a multiple of 4")
     damaged = [name for name, tensor in block.items() if not torch.isfinite(tensor).all()]
@@ -375,7 +349,7 @@ def _permutation(where: str, w_perm: Tensor, w_perm_inv: Tensor) -> Permutation:
         p, inverse = w_perm.long(), w_perm_inv.long()
         every = torch.arange(len(p))
         if not torch.equal(p.sort().values, every) or not torch.equal(p[inverse.clamp(0, len(p) - 1)], every):
-            _refuse(where, "stores a permutation that is none, or an inverse that is not its own")
+            _refuse(where, "stores indices that are no permutation, or an inverse of another one")
         return "index"
     return "matrix" if is_permutation_matrix(w_perm) else "rotation"
 
@@ -384,15 +358,9 @@ def _refuse(where: str, reason: str) -> NoReturn:
     raise CheckpointError(f"{where} {reason}: it cannot be converted; train again with `fastbgad train`")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _is_sequence(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
     return isinstance(value, (list, tuple))
 
 
 def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "nothing") + more
+    return listed(list(names), _SHOWN) or "nothing"

@@ -1,17 +1,17 @@
-"""Converts checkpoints of the official BGAD, CFLOW-AD and anomalib's Cflow to models of fastbgad, and back."""
+"""Conversion of checkpoints of the official BGAD, CFLOW-AD and anomalib's Cflow to models of fastbgad, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast
 
 import torch
 
 from ..config import LossConfig
 from ..data import Sample
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, OutputError, check_choice
 from ..model.calibration import calibrate_model
 from ..model.detector import BGAD
 from .checkpoint import KIND_NAMES, read_foreign, write_foreign
@@ -23,11 +23,11 @@ _SUFFIX = ".safetensors"
 
 
 class Conversion(NamedTuple):
-    """What `convert` found and wrote."""
+    """Result of `convert`: the model, and facts and notes for its user."""
 
     model: BGAD
-    facts: dict[str, str]  # what there is to know about it, by name
-    notes: tuple[str, ...]  # what to mind when the file is used, in whole sentences
+    facts: dict[str, str]  # about source, target and model, by name
+    notes: tuple[str, ...]  # on the use of the file, in whole sentences
 
 
 def convert(
@@ -44,42 +44,37 @@ def convert(
     workers: int = 2,
     on_images: Callable[[int], None] | None = None,
 ) -> Conversion:
-    """Reads a model of any kind and writes it as one of any kind.
+    """Read a model of any kind and write it as one of any kind.
 
     Args:
         source: a model of fastbgad, or a checkpoint of the official BGAD, CFLOW-AD or anomalib's Cflow.
         target: the file to write; models of fastbgad have the suffix .safetensors, the others do not.
-        to: what to write. By default other code's checkpoints become models of fastbgad; a model of fastbgad stays one
-            if `target` ends so, becomes anomalib's for .ckpt, else what it was converted from or the official BGAD's.
-        options: what the source does not say about itself; None for a model of fastbgad.
+        to: kind of the target. By default other code's checkpoints become models of fastbgad. A model of fastbgad stays
+            one if `target` has its suffix, becomes anomalib's for .ckpt, else the kind that it was converted from, or
+            the official BGAD's.
+        options: settings that the source lacks; None for a model of fastbgad.
         normals: normal images to calibrate a model of fastbgad on; without any, a converted one has no calibration.
         beta: see `calibrate_model`.
         tau: see `calibrate_model`.
         force: overwrite `target`.
-        device: where the calibration runs.
+        device: of the calibration.
         workers: threads that decode images.
         on_images: called with the number of images of every finished batch of the calibration.
 
     Raises:
         CheckpointError: a source that cannot be read, or that the target's code cannot express.
-        ConfigError: arguments that do not fit together. OutputError: `target` exists or cannot be written.
+        ConfigError: arguments that do not fit together.
+        OutputError: `target` exists or cannot be written.
         BackboneError, DataError, FeatureError: see `create_backbone` and `calibrate_model`.
     """
     source, target, options = Path(source), Path(target), options or ReadOptions()
-    ours = _is_ours(source)
-    model = None
-    if ours:
+    own_model = None
+    if _is_own_format(source):
         _refuse_options(source, options)
-        model = BGAD.load(source)
-    to = to or _default_target(model, target)
-    _check_target(source, target, to, ours, bool(normals), force)
-    notes: tuple[str, ...] = ()
-    if model is None:
-        foreign = read_foreign(source)
-        model, notes = to_model(foreign, options), foreign.notes
-        kind = f"checkpoint of {KIND_NAMES[foreign.kind]}"
-    else:
-        kind = "model of fastbgad"
+        own_model = BGAD.load(source)
+    to = to or _default_target(own_model, target)
+    _check_target(source, target, to, own_model is not None, bool(normals), force)
+    model, kind, notes = _from_foreign(source, options) if own_model is None else (own_model, "model of fastbgad", ())
     if normals:
         calibrate_model(model.to(device), normals, beta=beta, tau=tau, workers=workers, on_images=on_images)
         model.cpu()
@@ -94,8 +89,14 @@ def convert(
     return Conversion(model, facts, notes)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file is in the format of our models: a safetensors file has JSON after an 8-byte length."""
+def _from_foreign(source: Path, options: ReadOptions) -> tuple[BGAD, str, tuple[str, ...]]:
+    """Return the model in a checkpoint of other code, the kind of checkpoint in words, and notes."""
+    foreign = read_foreign(source)
+    return to_model(foreign, options), f"checkpoint of {KIND_NAMES[foreign.kind]}", foreign.notes
+
+
+def _is_own_format(path: Path) -> bool:
+    """Return True for a file in the format of fastbgad's models; a safetensors file has JSON after an 8-byte length."""
     try:
         with path.open("rb") as file:
             return path.suffix == _SUFFIX or file.read(9)[8:] == b"{"
@@ -107,7 +108,7 @@ def _refuse_options(source: Path, options: ReadOptions) -> None:
     given = [field.name for field in fields(options) if getattr(options, field.name) not in (None, ())]
     if given:
         raise ConfigError(
-            f"{source} is a model of fastbgad and knows its {' and '.join(given)}; such options are for checkpoints of "
+            f"{source} is a model of fastbgad and holds its {' and '.join(given)}; such options are for checkpoints of "
             "other code: leave them out"
         )
 
@@ -117,20 +118,29 @@ def _default_target(model: BGAD | None, target: Path) -> Target:
         return "fastbgad"
     if target.suffix == ".ckpt":
         return "anomalib"
-    known = origin_of(model).get("from")
-    return cast(Target, known) if known in KIND_NAMES else "bgad"
+    origin = origin_of(model).get("from")
+    return cast(Target, origin) if origin in KIND_NAMES else "bgad"
 
 
-def _check_target(source: Path, target: Path, to: Target, ours: bool, calibrates: bool, force: bool) -> None:
-    if to not in get_args(Target):
-        raise ConfigError(f"to is {to!r}; choose one of {', '.join(get_args(Target))}")
+def _check_target(source: Path, target: Path, to: Target, own_format: bool, calibrates: bool, force: bool) -> None:
+    """Raise an error unless the target suits the source and the calibration, and may be written.
+
+    Args:
+        source: the file to read.
+        target: the file to write.
+        to: its kind.
+        own_format: True if the source is a model of fastbgad.
+        calibrates: True if there are images to calibrate on.
+        force: True if the target may be overwritten.
+    """
+    check_choice("to", to, Target)
     if (target.suffix == _SUFFIX) != (to == "fastbgad"):
-        what = "a model of fastbgad" if to == "fastbgad" else f"a checkpoint of {KIND_NAMES[to]}"
+        kind = "a model of fastbgad" if to == "fastbgad" else f"a checkpoint of {KIND_NAMES[to]}"
         raise ConfigError(
-            f"{target} would be {what}; only models of fastbgad have the suffix {_SUFFIX}: name the file so, or say "
-            "with --to what it should be"
+            f"{target} would be {kind}; only models of fastbgad have the suffix {_SUFFIX}: rename the file, or choose "
+            "its kind with --to"
         )
-    if to == "fastbgad" and ours and not calibrates:
+    if to == "fastbgad" and own_format and not calibrates:
         raise ConfigError(f"{source} is a model of fastbgad already; give --data to calibrate it, or another --to")
     if to != "fastbgad" and calibrates:
         raise ConfigError(f"a checkpoint of {KIND_NAMES[to]} holds no calibration; leave --data out")
@@ -139,7 +149,12 @@ def _check_target(source: Path, target: Path, to: Target, ours: bool, calibrates
 
 
 def _facts(model: BGAD, normals: int) -> dict[str, str]:
-    """What there is to know about a model, by name."""
+    """Return facts about a model, by name.
+
+    Args:
+        model: the model.
+        normals: number of images that it was calibrated on just now.
+    """
     backbone, config, origin = model.backbone.config(), model.flow_config, origin_of(model)
     padding = f", {backbone['padding_mode']} padding" if "padding_mode" in backbone else ""
     tensors = f" ({origin['encoder']})" if "encoder" in origin else ""

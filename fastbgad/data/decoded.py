@@ -1,4 +1,4 @@
-"""Decoded images, kept: training reads the same files for statistics, for features and to paste anomalies onto."""
+"""A cache of decoded images: training reads the same files for statistics, features and synthesis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DecodedImages:
         self._lock = threading.Lock()
 
     def __call__(self, sample: Sample) -> LoadedSample:
-        """The image and mask of a sample; whoever wants to change them copies them first. Raises as `load_sample`."""
+        """Return the image and mask of a sample; copy them before changing them. Raises as `load_sample`."""
         kept = self._kept.get(sample)
         if kept is not None:
             return kept

@@ -1,6 +1,6 @@
 """The demo dataset: three photographs that scikit-image ships, with drawn defects, in the MVTec AD layout.
 
-The photographs (brick, grass, gravel; 512 x 512 grey, CC0) are files of the scikit-image wheel; nothing is
+The photographs (brick, grass, gravel; 512 x 512 gray, CC0) are files of the scikit-image wheel; nothing is
 downloaded. Training images are crops of the left half, test images crops of the right half, so no pixel is in both.
 Crops are stored at their native resolution, mirrored at random, with the slight changes of exposure and white balance
 that two shots by one camera show. The defects imitate what an inspector would look for and were drawn by eye, before
@@ -34,7 +34,7 @@ _HALF_WIDTH = 256
 
 Floats: TypeAlias = NDArray[np.float64]
 
-_VISIBLE = 6  # grey levels by which a channel must change for the pixel to belong to the defect
+_VISIBLE = 6  # gray levels by which a channel must change for the pixel to belong to the defect
 _SMALLEST = 4  # pixels; smaller specks of the mask are dropped
 _LIGHT = np.array([-0.6, -0.8])  # direction to the light in (y, x): from the upper left
 
@@ -62,7 +62,7 @@ def make_demo_dataset(
     per_defect: int = 8,
     size: int = 192,
 ) -> list[str]:
-    """Writes the demo dataset, or finds it as it was written before, and returns the names of its categories.
+    """Write the demo dataset, unless it is there already, and return the names of its categories.
 
     The folder appears whole or not at all. The same arguments give the same pixels.
 
@@ -114,15 +114,15 @@ def _photographs() -> dict[str, NDArray[np.uint8]]:
 
 
 def _verified_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of an unchanged demo dataset; anything else in the folder is an error, never overwritten."""
+    """Return the manifest of an unchanged demo dataset; anything else in the folder is an error, never overwritten."""
     remedy = "choose another folder, or delete this one"
     try:
         manifest: dict[str, Any] = json.loads((root / MANIFEST).read_text())
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{root} exists and is not a demo dataset of fastbgad; {remedy}") from error
-    found = _digests(root)
-    changed = sorted(name for name in found.keys() | files.keys() if found.get(name) != files.get(name))
+    digests = _digests(root)
+    changed = sorted(name for name in digests.keys() | files.keys() if digests.get(name) != files.get(name))
     if changed:
         raise OutputError(f"{root} is a demo dataset but {changed[0]} was added, changed or removed; {remedy}")
     return manifest
@@ -155,7 +155,7 @@ def _generators(
 
 
 def _photograph_crop(half: NDArray[np.uint8], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A random crop uint8 [size, size, 3] with slight changes of exposure (6 %), offset and white balance (1 %)."""
+    """Return a random crop uint8 [size, size, 3]; exposure (6 %), offset and white balance (1 %) vary slightly."""
     top, left = (int(rng.integers(side - size + 1)) for side in half.shape)
     crop = half[top : top + size, left : left + size].astype(np.float64)
     # All three were photographed from above; mirrored left to right they look no less natural.
@@ -173,14 +173,14 @@ def _write(path: Path, image: NDArray[np.uint8]) -> None:
 def _draw_defect(
     name: str, image: NDArray[np.uint8], rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Draws one defect into a copy of `image` uint8 [H, W, 3]; returns it with its mask bool [H, W]."""
+    """Draw one defect into a copy of `image` uint8 [H, W, 3]; return it with its mask bool [H, W]."""
     altered = np.clip(np.rint(_DRAW[name](image.astype(np.float64), rng)), 0, 255).astype(np.uint8)
     return altered, _altered_pixels(image, altered)
 
 
 def _altered_pixels(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
     changed = np.abs(after.astype(int) - before).max(axis=2) > _VISIBLE
-    # Where defect and background happen to have one colour the mask would have gaps; padding keeps closing from
+    # Where defect and background happen to have one color the mask would have gaps; padding keeps closing from
     # eating the mask along the image's edge.
     padded = np.pad(changed, 3)
     closed = ndimage.binary_closing(padded, ndimage.generate_binary_structure(2, 1), iterations=2)
@@ -193,7 +193,7 @@ def _altered_pixels(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDAr
 
 
 def _scratch(image: Floats, rng: np.random.Generator) -> Floats:
-    """A thin, slightly curved, bright or dark line of 1 to 3 pixels that fades at both ends."""
+    """Draw a thin, slightly curved, bright or dark line of 1 to 3 pixels that fades at both ends."""
     length = rng.uniform(0.3, 0.55) * min(image.shape[:2])
     points = _curve(image.shape, length, bend=0.12, controls=3, rng=rng)
     distance, along = _to_curve(image.shape, points)
@@ -207,26 +207,26 @@ def _scratch(image: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _hole(image: Floats, rng: np.random.Generator) -> Floats:
-    """A dark, soft-edged pit: its wall is in shadow towards the light and lit on the far side."""
+    """Draw a dark, soft-edged pit: its wall is in shadow towards the light and lit on the far side."""
     radius = rng.uniform(0.028, 0.06) * min(image.shape[:2])
-    centre = _place(image.shape, radius * 2, rng)
-    inside, direction = _blob(image.shape, centre, radius, irregularity=0.16, rng=rng)
+    center = _random_center(image.shape, radius * 2, rng)
+    inside, direction = _blob(image.shape, center, radius, irregularity=0.16, rng=rng)
     opacity = np.clip(inside / 1.5 + 0.5, 0, 1)
     facing = direction @ _LIGHT
     depth = 0.30 - 0.16 * facing * np.exp(-np.maximum(inside, 0) / (0.5 * radius))
     grain = 1 + 0.10 * ndimage.gaussian_filter(rng.standard_normal(image.shape[:2]), 0.8)
     # The bottom keeps a little of the background's structure.
-    floor = 0.7 * _local_tone(image, centre[None]) + 0.3 * ndimage.gaussian_filter(image, (1.5, 1.5, 0))
+    floor = 0.7 * _local_tone(image, center[None]) + 0.3 * ndimage.gaussian_filter(image, (1.5, 1.5, 0))
     dug = _blend(image, floor * np.clip(depth * grain, 0.08, 0.7)[:, :, None], opacity)
     rim = np.exp(-(((inside + 1.2) / 1.1) ** 2)) * np.clip(-facing, 0, 1)
     return dug * (1 + 0.22 * rim[:, :, None])
 
 
 def _stain(image: Floats, rng: np.random.Generator) -> Floats:
-    """A translucent tinted patch with a soft edge and a slightly darker rim, as a dried liquid leaves."""
+    """Draw a translucent tinted spot with a soft edge and a slightly darker rim, as a dried liquid leaves."""
     radius = rng.uniform(0.06, 0.13) * min(image.shape[:2])
-    centre = _place(image.shape, radius * 1.4, rng)
-    inside, _ = _blob(image.shape, centre, radius, irregularity=0.22, rng=rng)
+    center = _random_center(image.shape, radius * 1.4, rng)
+    inside, _ = _blob(image.shape, center, radius, irregularity=0.22, rng=rng)
     edge = rng.uniform(1.5, 3.5)
     cover = 0.5 * (1 + np.tanh(inside / edge))
     rim = np.exp(-(((inside - 1.5 * edge) / (1.5 * edge)) ** 2))
@@ -239,7 +239,7 @@ def _stain(image: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _thread(image: Floats, rng: np.random.Generator) -> Floats:
-    """A thin, curved, coloured fibre of two twisted strands that casts a shadow."""
+    """Draw a thin, curved, colored fiber of two twisted strands that casts a shadow."""
     length = rng.uniform(0.3, 0.6) * min(image.shape[:2])
     points = _curve(image.shape, length, bend=0.45, controls=4, rng=rng)
     half_width = rng.uniform(0.8, 1.4)
@@ -248,10 +248,10 @@ def _thread(image: Floats, rng: np.random.Generator) -> Floats:
     distance, along = _to_curve(image.shape, points)
     twist = 0.88 + 0.12 * np.sin(2 * np.pi * along * length / 3.5)
     rounding = 1 - 0.35 * np.clip(distance / (half_width + 0.5), 0, 1) ** 2
-    colours = np.array([[150, 48, 46], [52, 74, 132], [214, 206, 190], [60, 96, 66], [170, 140, 66]], dtype=float)
-    colour = colours[rng.integers(len(colours))] * rng.uniform(0.9, 1.1)
-    fibre = colour * (twist * rounding)[:, :, None]
-    return _blend(image * (1 - shadow[:, :, None]), fibre, 0.92 * np.clip(half_width + 0.5 - distance, 0, 1))
+    colors = np.array([[150, 48, 46], [52, 74, 132], [214, 206, 190], [60, 96, 66], [170, 140, 66]], dtype=float)
+    color = colors[rng.integers(len(colors))] * rng.uniform(0.9, 1.1)
+    fiber = color * (twist * rounding)[:, :, None]
+    return _blend(image * (1 - shadow[:, :, None]), fiber, 0.92 * np.clip(half_width + 0.5 - distance, 0, 1))
 
 
 _DRAW: dict[str, Callable[[Floats, np.random.Generator], Floats]] = {
@@ -263,17 +263,17 @@ _DRAW: dict[str, Callable[[Floats, np.random.Generator], Floats]] = {
 DEFECTS = tuple(_DRAW)
 
 
-def _blend(image: Floats, colour: Floats | float, opacity: Floats) -> Floats:
-    return image + (colour - image) * opacity[:, :, None]
+def _blend(image: Floats, color: Floats | float, opacity: Floats) -> Floats:
+    return image + (color - image) * opacity[:, :, None]
 
 
-def _place(shape: tuple[int, ...], margin: float, rng: np.random.Generator) -> Floats:
+def _random_center(shape: tuple[int, ...], margin: float, rng: np.random.Generator) -> Floats:
     margin += 4
     return np.array([rng.uniform(margin, side - margin) for side in shape[:2]])
 
 
 def _curve(shape: tuple[int, ...], length: float, bend: float, controls: int, rng: np.random.Generator) -> Floats:
-    """Points [n, 2] (y, x) of a Bezier curve about `length` pixels long, inside the image."""
+    """Return points [n, 2] (y, x) of a Bezier curve about `length` pixels long, inside the image."""
     angle = rng.uniform(0, np.pi)
     forward, sideways = np.array([np.sin(angle), np.cos(angle)]), np.array([np.cos(angle), -np.sin(angle)])
     steps = np.linspace(-0.5, 0.5, controls)[:, None] * length
@@ -291,18 +291,18 @@ def _curve(shape: tuple[int, ...], length: float, bend: float, controls: int, rn
 
 
 def _to_curve(shape: tuple[int, ...], points: Floats) -> tuple[Floats, Floats]:
-    """Of every pixel the distance to the curve and the nearest point's position along it, 0 to 1; both [H, W]."""
+    """Return every pixel's distance to the curve and the nearest point's position along it, 0 to 1; both [H, W]."""
     pixels = np.moveaxis(np.mgrid[: shape[0], : shape[1]], 0, 2).reshape(-1, 2)
     distance, nearest = cKDTree(points).query(pixels)
     return distance.reshape(shape[:2]), nearest.reshape(shape[:2]) / (len(points) - 1)
 
 
 def _blob(
-    shape: tuple[int, ...], centre: Floats, radius: float, irregularity: float, rng: np.random.Generator
+    shape: tuple[int, ...], center: Floats, radius: float, irregularity: float, rng: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """An irregular round patch: how far each pixel lies inside its outline [H, W], and the unit vector from the
-    centre to the pixel [H, W, 2]."""
-    offset = np.moveaxis(np.mgrid[: shape[0], : shape[1]], 0, 2) - centre
+    """Return an irregular round shape: how far each pixel lies inside its outline [H, W], and the unit vector from the
+    center to the pixel [H, W, 2]."""
+    offset = np.moveaxis(np.mgrid[: shape[0], : shape[1]], 0, 2) - center
     angle = np.arctan2(offset[..., 0], offset[..., 1])
     outline = np.ones(shape[:2])
     for k in range(2, 7):
@@ -312,6 +312,6 @@ def _blob(
 
 
 def _local_tone(image: Floats, points: Floats) -> float:
-    """The mean grey of the image around some points."""
+    """Return the mean gray of the image around some points."""
     y, x = points.mean(axis=0).astype(int)
     return float(image[max(0, y - 12) : y + 13, max(0, x - 12) : x + 13].mean())

@@ -15,15 +15,15 @@ _OCTAVES = 6
 _TINT_OCTAVES = 2
 _TINT = 0.15
 _COARSEST = 3  # structures a side in the first octave
-_CONTRAST = 38.0  # grey levels of the first octave
+_CONTRAST = 38.0  # gray levels of the first octave
 # Pillow's own level takes four times as long to write and saves an eighth of the size; reading takes the same.
 _COMPRESSION = 3
-# Grey levels of the sensor's noise. It decides how well a PNG compresses: to half its size, like MVTec AD's textures.
+# Gray levels of the sensor's noise. It decides how well a PNG compresses: to half its size, like MVTec AD's textures.
 _SENSOR_NOISE = 2.0
 
 
 def write_noise_images(folder: str | Path, count: int, side: int, seed: int = 0) -> list[Path]:
-    """Writes photograph-like PNG files: smooth structures of all sizes in slightly differing colours, and fine noise.
+    """Write photograph-like PNG files: smooth structures of all sizes in slightly differing colors, and fine noise.
 
     The same arguments give the same pixels.
 
@@ -54,7 +54,7 @@ def write_noise_images(folder: str | Path, count: int, side: int, seed: int = 0)
 
 
 def _noise_image(side: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [side, side, 3]."""
+    """Return an image uint8 [side, side, 3]."""
     image = np.empty((side, side, 3), np.uint8)
     brightness = _octaves(side, _OCTAVES, rng)
     for channel in range(3):
@@ -65,7 +65,7 @@ def _noise_image(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _octaves(side: int, octaves: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [side, side], centred at 0: random grids of growing fineness, enlarged smoothly and summed."""
+    """Return float32 [side, side], centered at 0: random grids of growing fineness, enlarged smoothly and summed."""
     total = np.zeros((side, side), np.float32)
     for octave in range(octaves):
         cells = min(_COARSEST << octave, side)

@@ -28,11 +28,11 @@ _SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """Reads an image file as RGB.
+    """Read an image file as RGB.
 
-    Greyscale is repeated over the three channels, a palette is looked up, and an alpha channel is dropped (the colours
-    stored below it are kept, nothing is composited). Grey images of 16 bits, and of 32-bit integers, are taken to span
-    0..65535 and are scaled to 0..255. Floating-point grey must lie in [0, 1]. Of a 16-bit RGB file pillow keeps the
+    Grayscale is repeated over the three channels, a palette is looked up, and an alpha channel is dropped (the colors
+    stored below it are kept, nothing is composited). Gray images of 16 bits, and of 32-bit integers, are taken to span
+    0..65535 and are scaled to 0..255. Floating-point gray must lie in [0, 1]. Of a 16-bit RGB file pillow keeps the
     upper 8 bits. The EXIF orientation is applied; of several frames the first is read.
 
     Returns:
@@ -46,12 +46,12 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode in _SIXTEEN_BIT_MODES or image.mode == "F":
-            return np.repeat(_grey_to_bytes(path, np.array(image))[:, :, None], 3, axis=2)
+            return np.repeat(_gray_to_bytes(path, np.array(image))[:, :, None], 3, axis=2)
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_mask(path: str | Path) -> NDArray[np.bool_]:
-    """Reads a mask file of any mode: 0 (black) is normal, the one other value is anomalous.
+    """Read a mask file of any mode: 0 (black) is normal, the one other value is anomalous.
 
     A mask without any anomalous pixel is returned as it is; whether that makes sense is for the caller to say.
 
@@ -59,34 +59,34 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
         bool [H, W].
 
     Raises:
-        DataError: the file cannot be read, or holds more than one value beside 0 (grey edges, several classes).
+        DataError: the file cannot be read, or holds more than one value beside 0 (gray edges, several classes).
     """
     path = Path(path)
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        coloured = image.mode not in {"1", "L", "F"} | _SIXTEEN_BIT_MODES
-        if coloured:
+        colored = image.mode not in {"1", "L", "F"} | _SIXTEEN_BIT_MODES
+        if colored:
             red, green, blue = np.moveaxis(np.array(image.convert("RGB"), dtype=np.uint32), 2, 0)
-            coloured = not (np.array_equal(red, green) and np.array_equal(red, blue))
-            values = red << 16 | green << 8 | blue if coloured else red
+            colored = not (np.array_equal(red, green) and np.array_equal(red, blue))
+            values = red << 16 | green << 8 | blue if colored else red
         else:
             values = np.array(image)
     mask: NDArray[np.bool_] = values != 0
     if mask.any() and not np.array_equal(values[mask], np.broadcast_to(values.max(), int(mask.sum()))):
-        found = np.unique(values)
-        names = [f"#{value:06x}" if coloured else f"{value:g}" for value in found[:6]]
-        shown = ", ".join(names) + (", ..." if len(found) > 6 else "")
+        distinct = np.unique(values)
+        names = [f"#{value:06x}" if colored else f"{value:g}" for value in distinct[:6]]
+        shown = ", ".join(names) + (", ..." if len(distinct) > 6 else "")
         raise DataError(
-            f"the mask {path} holds {len(found)} different values ({shown}) where 0 and one other are allowed; "
-            "threshold it and save it as PNG (JPEG and smooth resizing create grey edges)"
+            f"the mask {path} holds {len(distinct)} different values ({shown}) where 0 and one other are allowed; "
+            "threshold it and save it as PNG (JPEG and smooth resizing create gray edges)"
         )
     return mask
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image as `read_image` would return it, read from the header.
+    """Return (height, width) of an image as `read_image` would return it, read from the header.
 
-    Only a PNG that is not square is decoded: its EXIF orientation may stand behind the pixels.
+    Only a PNG that is not square is decoded: its EXIF orientation may follow the pixels.
     """
     path = Path(path)
     with _opened(path) as image:
@@ -97,7 +97,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resizes an image uint8 [H, W, 3] to `size` (height, width): bilinear with antialiasing, as torchvision does."""
+    """Resize an image uint8 [H, W, 3] to `size` (height, width): bilinear with antialiasing, as torchvision does."""
     if image.shape[:2] == tuple(size):
         return image
     channels_first = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
@@ -106,7 +106,7 @@ def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
 
 
 def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Resizes a mask bool [H, W] to `size` (height, width) by the nearest pixel, so that no grey values appear.
+    """Resize a mask bool [H, W] to `size` (height, width) by the nearest pixel, so that no gray values appear.
 
     A region thinner than the reduction factor can vanish.
     """
@@ -119,7 +119,7 @@ def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bo
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Opens an image file and turns whatever pillow raises, on opening or inside the block, into a `DataError`."""
+    """Open an image file and turn whatever pillow raises, on opening or inside the block, into a `DataError`."""
     try:
         with Image.open(path) as image:
             yield image
@@ -138,12 +138,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"the image {path} is damaged ({error}); copy or export it again, or remove it") from error
 
 
-def _grey_to_bytes(path: Path, grey: NDArray[Any]) -> NDArray[np.uint8]:
+def _gray_to_bytes(path: Path, gray: NDArray[Any]) -> NDArray[np.uint8]:
     # NaN fails both comparisons, hence the form of the test.
-    limit = 1.0 if grey.dtype.kind == "f" else 65535
-    if not (grey.min() >= 0 and grey.max() <= limit):
+    limit = 1.0 if gray.dtype.kind == "f" else 65535
+    if not (gray.min() >= 0 and gray.max() <= limit):
         raise DataError(
-            f"the values of the image {path} run from {grey.min()} to {grey.max()}, outside 0..{limit:g}; "
+            f"the values of the image {path} run from {gray.min()} to {gray.max()}, outside 0..{limit:g}; "
             "scale them and save the image as an 8-bit or 16-bit PNG"
         )
-    return np.rint(grey * (255 / limit)).astype(np.uint8)
+    return np.rint(gray * (255 / limit)).astype(np.uint8)

@@ -12,10 +12,9 @@ and everything wrong with it is reported at once.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,12 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, DatasetProblemsError
+from ..errors import ConfigError, DataError, DatasetProblemsError, check_choice
+from ..wording import choose, did_you_mean
 from .images import IMAGE_SUFFIXES, image_size, read_image, read_mask
 
 GOOD = "good"
 Check: TypeAlias = Literal["full", "quick", "none"]
-_CHECKS = ("full", "quick", "none")
 _LAYOUTS = ("auto", "mvtec", "btad", "folder")
 _CHECK_THREADS = 8
 
@@ -86,7 +85,7 @@ class FolderLayout:
 
 
 def list_categories(root: str | Path, layout: str | FolderLayout = "auto") -> list[str]:
-    """The names of the categories in `root`, sorted; [`root`'s own name] if `root` itself is one.
+    """Return the names of the categories in `root`, sorted; [`root`'s own name] if `root` itself is one.
 
     Raises:
         DataError: `root` is not a folder.
@@ -101,7 +100,7 @@ def open_category(
     layout: str | FolderLayout = "auto",
     check: Check = "full",
 ) -> Category:
-    """Opens a category of a dataset and checks it.
+    """Open a category of a dataset and check it.
 
     Args:
         root: the folder of the dataset or of one category.
@@ -111,16 +110,15 @@ def open_category(
             the headers of the images and decodes the masks; "none" opens no file and only compares the names.
 
     Raises:
-        DatasetProblemsError: the files are not fit for use; `problems` lists everything that was found.
+        DatasetProblemsError: dataset validation failed; `problems` lists every issue found.
         DataError: there is no such folder or category.
         ConfigError: `layout` or `check` is unknown.
     """
-    if check not in _CHECKS:
-        raise ConfigError(f"check is {check!r}; choose one of {', '.join(_CHECKS)}")
+    check_choice("check", check, Check)
     root = Path(root)
-    found = _find_categories(root, layout)
-    name = _choose(root, category, found)
-    folder, kind = found[name]
+    categories = _find_categories(root, layout)
+    name = _choose(root, category, categories)
+    folder, kind = categories[name]
     problems: list[str] = []
     if kind == "folder":
         train, test = _list_folder(folder, layout if isinstance(layout, FolderLayout) else FolderLayout(), problems)
@@ -134,8 +132,8 @@ def open_category(
 
 
 def _find_categories(root: Path, layout: str | FolderLayout) -> dict[str, tuple[Path, str]]:
-    if not isinstance(layout, FolderLayout) and layout not in _LAYOUTS:
-        raise ConfigError(f"layout is {layout!r}; choose one of {', '.join(_LAYOUTS)}")
+    if not isinstance(layout, FolderLayout):
+        check_choice("layout", layout, _LAYOUTS)
     if not root.is_dir():
         raise DataError(f"the dataset folder {root} does not exist; check the path")
     kind = _layout_of(root, layout)
@@ -147,31 +145,29 @@ def _find_categories(root: Path, layout: str | FolderLayout) -> dict[str, tuple[
 
 def _layout_of(folder: Path, layout: str | FolderLayout) -> str | None:
     names = layout if isinstance(layout, FolderLayout) else FolderLayout()
-    wanted = "folder" if isinstance(layout, FolderLayout) else layout
-    if (folder / "train").is_dir() and wanted != "folder":
-        if wanted == "auto":
+    kind = "folder" if isinstance(layout, FolderLayout) else layout
+    if (folder / "train").is_dir() and kind != "folder":
+        if kind == "auto":
             return "btad" if (folder / "train" / "ok").is_dir() else "mvtec"
-        return wanted
-    if (folder / names.normal).is_dir() and wanted in {"auto", "folder"}:
+        return kind
+    if (folder / names.normal).is_dir() and kind in {"auto", "folder"}:
         return "folder"
     return None
 
 
-def _choose(root: Path, category: str | None, found: dict[str, tuple[Path, str]]) -> str:
-    known = ", ".join(sorted(found))
-    if not found:
+def _choose(root: Path, category: str | None, categories: Collection[str]) -> str:
+    if not categories:
         raise DataError(
             f"no category was found in {root}: neither it nor a folder in it holds train/ (MVTec AD, BTAD) or normal/ "
             "(plain folder); check the path and the layout"
         )
     if category is None:
-        if len(found) > 1:
-            raise DataError(f"{root} holds {len(found)} categories; choose one of {known}")
-        return next(iter(found))
-    if category not in found:
-        close = difflib.get_close_matches(category, found, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise DataError(f"{root} has no category {category!r}; {hint}it holds {known}")
+        if len(categories) > 1:
+            raise DataError(f"{root} holds {len(categories)} categories; {choose(sorted(categories))}")
+        return next(iter(categories))
+    if category not in categories:
+        hint = did_you_mean(category, categories)
+        raise DataError(f"{root} has no category {category!r}; {hint}it holds {', '.join(sorted(categories))}")
     return category
 
 
@@ -202,7 +198,9 @@ def _list_folder(folder: Path, layout: FolderLayout, problems: list[str]) -> tup
     # Images may lie in the folder itself, in one folder per type, or both.
     if not types or _images(anomalous):
         types.append((anomalous, masks, anomalous.name))
-    anomalies = [sample for images, own, name in types for sample in _anomalies(images, own, name, problems)]
+    anomalies = [
+        sample for images, its_masks, name in types for sample in _anomalies(images, its_masks, name, problems)
+    ]
     return train, sorted(test_normals + anomalies, key=_order)
 
 
@@ -228,13 +226,13 @@ def _anomalies(images: Path, masks: Path, defect: str, problems: list[str]) -> l
     samples = []
     for image in paths:
         # Both are looked up, so that an image with two masks is noticed.
-        own = candidates.pop(image.stem, []) + candidates.pop(f"{image.stem}_mask", [])
-        if not own:
+        matching = candidates.pop(image.stem, []) + candidates.pop(f"{image.stem}_mask", [])
+        if not matching:
             problems.append(f"{image} has no mask; add {masks / image.stem}_mask.png")
-        elif len(own) > 1:
-            problems.append(f"{image} has {len(own)} masks: {', '.join(map(str, own))}; keep one")
+        elif len(matching) > 1:
+            problems.append(f"{image} has {len(matching)} masks: {', '.join(map(str, matching))}; keep one")
         else:
-            samples.append(Sample(image, own[0], 1, defect))
+            samples.append(Sample(image, matching[0], 1, defect))
     for mask in (mask for left in candidates.values() for mask in left):
         problems.append(f"the mask {mask} belongs to no image in {images}; add the image or remove the mask")
     return samples
@@ -283,7 +281,7 @@ def _check_files(samples: Sequence[Sample], train: int, full: bool) -> list[str]
     with ThreadPoolExecutor(_CHECK_THREADS) as pool:
         reports = list(pool.map(lambda sample: _check_sample(sample, full), samples))
     problems = [problem for report in reports for problem in report.problems]
-    roles = [("training" if place < train else "test", sample.label) for place, sample in enumerate(samples)]
+    roles = [("training" if index < train else "test", sample.label) for index, sample in enumerate(samples)]
     digests = [report.digest for report in reports]
     return problems + _find_leaks(digests, roles, [sample.image for sample in samples])
 
@@ -316,19 +314,19 @@ def _check_sample(sample: Sample, full: bool) -> _FileReport:
 
 
 def _find_leaks(digests: Sequence[bytes], roles: Sequence[tuple[str, int]], paths: Sequence[Path]) -> list[str]:
-    """The same picture in training and test, or as normal and anomalous, makes every figure measured on it untrue.
+    """Report pictures that are in training and test, or normal and anomalous: they make every measured figure untrue.
 
     Twins within one class only weigh a little more, and public datasets have some.
     """
     twins = defaultdict(list)
-    for place, digest in enumerate(digests):
+    for index, digest in enumerate(digests):
         if digest:
-            twins[digest].append(place)
+            twins[digest].append(index)
     return [
         f"the same image is in training and test, or both normal and anomalous: "
-        f"{', '.join(str(paths[place]) for place in places)}; keep one"
-        for places in twins.values()
-        if len({roles[place] for place in places}) > 1
+        f"{', '.join(str(paths[index]) for index in indices)}; keep one"
+        for indices in twins.values()
+        if len({roles[index] for index in indices}) > 1
     ]
 
 

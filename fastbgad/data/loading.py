@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 def parse_size(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) in pixels from one number (a square) or two; raises `ConfigError` for anything else."""
+    """Return (height, width) in pixels from one number (a square) or two; raise `ConfigError` for anything else."""
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
         raise ConfigError(f"the image size is {size!r}; give one positive number of pixels, or height and width")
@@ -42,7 +42,7 @@ def parse_size(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def load_sample(sample: Sample, size: tuple[int, int]) -> LoadedSample:
-    """Reads a sample and resizes it to `size` (height, width); see `read_image`, `read_mask`, `resize_image`.
+    """Read a sample and resize it to `size` (height, width); see `read_image`, `read_mask`, `resize_image`.
 
     Raises:
         DataError: a file cannot be used, the mask has another size than its image, or an anomalous sample has none.
@@ -68,8 +68,8 @@ class SampleImages(Dataset[LoadedSample]):
     """`load_sample` over a list of samples, for `torch.utils.data.DataLoader`."""
 
     def __init__(self, samples: Sequence[Sample], size: int | Sequence[int]) -> None:
-        self.samples = tuple(samples)
-        self.size = parse_size(size)
+        self.samples: tuple[Sample, ...] = tuple(samples)
+        self.size: tuple[int, int] = parse_size(size)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,7 +85,7 @@ def stream_batches(
     workers: int = 0,
     load: Callable[[Sample], LoadedSample] | None = None,
 ) -> Iterator[Batch]:
-    """Yields the samples in their order, `batch_size` at a time; the last batch may be smaller.
+    """Yield the samples in their order, `batch_size` at a time; the last batch may be smaller.
 
     With `workers` threads at most `batch_size + workers` images beyond the current batch are decoded ahead, so memory
     does not grow with the number of samples. The first file that cannot be used ends the stream with its `DataError`.

@@ -1,18 +1,18 @@
-"""Which anomalies are known in training.
+"""The split of a category: training normals, known anomalies and the test set.
 
 BGAD learns from all normal images and a few anomalous ones. These are taken out of the test set, as in the paper, so
-that no image is both learnt from and measured on.
+that no image is both learned from and measured on.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..wording import did_you_mean
 from .layouts import Category, Sample
 
 
@@ -32,7 +32,7 @@ def split_known_anomalies(
     seed: int = 0,
     types: Sequence[str] | None = None,
 ) -> Split:
-    """Draws the known anomalies from the test set and removes them from it.
+    """Draw the known anomalies from the test set and remove them from it.
 
     In the official code `num_anomalies` means "of each type" in one dataset class and "in total" in another; here
     `per_type` says which. The draw depends on the seed and on the sorted file names alone; with `per_type` the draw
@@ -61,9 +61,9 @@ def split_known_anomalies(
     if any(len(samples) < num_anomalies for samples, _ in groups):
         counts = ", ".join(f"{defect} {len(by_type[defect])}" for defect in chosen_types)
         total = sum(len(by_type[defect]) for defect in chosen_types)
-        wanted = "per type" if per_type else "in total"
+        counted = "per type" if per_type else "in total"
         raise DataError(
-            f"num_anomalies is {num_anomalies} {wanted} but {category.root} has {total} anomalous images ({counts}); "
+            f"num_anomalies is {num_anomalies} {counted} but {category.root} has {total} anomalous images ({counts}); "
             "ask for fewer"
         )
     known = {
@@ -87,8 +87,7 @@ def _known_types(category: Category, types: Sequence[str] | None) -> tuple[str, 
         raise ConfigError(f"types is {types!r}; give a list of anomaly types, or None for all of them")
     for name in types:
         if name not in category.defects:
-            close = difflib.get_close_matches(name, category.defects, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = did_you_mean(name, category.defects)
             raise DataError(
                 f"{category.root} has no anomaly type {name!r}; {hint}it holds {', '.join(category.defects)}"
             )

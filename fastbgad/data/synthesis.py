@@ -1,6 +1,6 @@
 """More anomalies from a few: the paper's two strategies against their scarcity (BGAD, section "anomaly generation").
 
-*Repeated utilisation* uses every known anomaly several times per epoch. *RandAugment CutPaste* cuts an anomalous region
+*Repeated utilization* uses every known anomaly several times per epoch. *RandAugment CutPaste* cuts an anomalous region
 out, changes it by a few random transforms and pastes it into the foreground of a normal image.
 """
 
@@ -26,12 +26,12 @@ from .loading import LoadedSample, parse_size
 
 _CONTEXT = 8  # pixels of surroundings kept around a region: blur and interpolation read beyond the mask
 _ATTEMPTS = 10
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
+_EIGHT_NEIGHBORS = np.ones((3, 3), dtype=int)
 
 
 @dataclass(frozen=True)
 class AnomalySynthesis:
-    """How often each known anomaly is used per epoch. The official code uses it ten times, five of them synthesised."""
+    """Uses of each known anomaly per epoch. The official code has ten of them, five of which are synthesized."""
 
     repeat: int = 5  # times as it is
     cut_paste: int = 5  # times cut out, transformed and pasted into a normal image
@@ -45,15 +45,15 @@ class AnomalySynthesis:
             )
         if not 0 <= self.transforms <= len(_TRANSFORMS):
             raise ConfigError(
-                f"transforms is {self.transforms}; give 0 to {len(_TRANSFORMS)}, the transforms there are"
+                f"transforms is {self.transforms}; give 0 to {len(_TRANSFORMS)}, the number of transforms"
             )
 
 
 class AugmentedAnomalies:
-    """The anomalous images of an epoch, real and synthesised, each a function of (seed, epoch, index) alone.
+    """The anomalous images of an epoch, real and synthesized, each a function of (seed, epoch, index) alone.
 
     Item `index` uses the known anomaly `index // (repeat + cut_paste)`; of each anomaly's items the first `repeat` are
-    the image as it is (so its features can be kept), the others are synthesised afresh in every epoch.
+    the image as it is (so its features can be stored), the others are synthesized again in every epoch.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AugmentedAnomalies:
         seed: int = 0,
         decoded: DecodedImages | None = None,
     ) -> None:
-        """Plans the images; none is read yet.
+        """Plan the images; none is read yet.
 
         Args:
             known: the known anomalies, with masks.
@@ -73,19 +73,19 @@ class AugmentedAnomalies:
             recipe: how often each anomaly is used.
             size: (height, width) of the images, or one number for both.
             seed: of all random choices.
-            decoded: where decoded images are kept; None keeps them for this object alone.
+            decoded: cache of decoded images; None makes a new one.
 
         Raises:
-            DataError: images are to be synthesised but there are no normals.
+            DataError: images are to be synthesized but there are no normals.
         """
         if known and recipe.cut_paste and not normals:
             raise DataError("anomalies cannot be pasted because there are no normal images; set cut_paste to 0")
         if seed < 0:
             raise ConfigError(f"seed is {seed}; give a number of at least 0")
-        self.known = tuple(known)
-        self.normals = tuple(normals)
+        self.known: tuple[Sample, ...] = tuple(known)
+        self.normals: tuple[Sample, ...] = tuple(normals)
         self.recipe = recipe
-        self.size = parse_size(size)
+        self.size: tuple[int, int] = parse_size(size)
         self.seed = seed
         self._per_anomaly = recipe.repeat + recipe.cut_paste
         self._decoded = decoded or DecodedImages(self.size)
@@ -95,15 +95,15 @@ class AugmentedAnomalies:
         return len(self.known) * self._per_anomaly
 
     def is_synthetic(self, index: int) -> bool:
-        """Whether item `index` is synthesised; otherwise it is `source(index)` as it is."""
+        """Return True if item `index` is synthesized; otherwise it is `source(index)` as it is."""
         return self._checked(index) % self._per_anomaly >= self.recipe.repeat
 
     def source(self, index: int) -> Sample:
-        """The known anomaly that item `index` is or is made from."""
+        """Return the known anomaly that item `index` is or is made from."""
         return self.known[self._checked(index) // self._per_anomaly]
 
     def get(self, epoch: int, index: int) -> LoadedSample:
-        """Item `index` of `epoch`: uint8 [3, h, w] and bool [h, w]. Raises `DataError` as `load_sample` does."""
+        """Return item `index` of `epoch`: uint8 [3, h, w] and bool [h, w]. Raises `DataError` as `load_sample` does."""
         anomalous = self._decoded(self.source(index))
         if not self.is_synthetic(index):
             return LoadedSample(anomalous.image.clone(), anomalous.mask.clone())
@@ -132,20 +132,13 @@ class AugmentedAnomalies:
         return index
 
     def _foreground(self, normal: Sample) -> Tensor | None:
-        """Where a normal image's object is, bool [h, w]; None if anomalies may be pasted anywhere."""
+        """Return the object of a normal image as bool [h, w]; None if anomalies may be pasted anywhere."""
         if not self.recipe.in_foreground:
             return None
         if normal not in self._foregrounds:
             image = self._decoded(normal).image.permute(1, 2, 0).numpy()
             self._foregrounds[normal] = torch.from_numpy(foreground_mask(image))
         return self._foregrounds[normal]
-
-
-def repeat_anomalies(samples: Sequence[Sample], times: int = 5) -> list[Sample]:
-    """Repeated utilisation: every sample `times` times, copies of one sample next to each other."""
-    if times < 1:
-        raise ConfigError(f"times is {times}; give at least 1")
-    return [sample for sample in samples for _ in range(times)]
 
 
 def rand_augment_cut_paste(
@@ -156,13 +149,13 @@ def rand_augment_cut_paste(
     generator: Generator,
     transforms: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    """RandAugment CutPaste: one anomalous region, transformed, pasted into a normal image.
+    """Paste one anomalous region, transformed, into a normal image (RandAugment CutPaste).
 
     One 8-connected region of `mask` is drawn, then `transforms` different transforms of it (quarter turn, flip,
     transposition, affine map, brightness and contrast, blur, noise, sharpness, hue and saturation, elastic), then a
-    place where the region lies inside the image and the centre of its bounding box inside `foreground`. A region that
-    vanished or no longer fits is drawn anew; after ten attempts the region is pasted untransformed, and anywhere in the
-    image if the foreground leaves it no room.
+    position where the region lies inside the image and the center of its bounding box inside `foreground`. A region
+    that vanished or no longer fits is drawn again; after ten attempts the region is pasted untransformed, and anywhere
+    in the image if it does not fit into the foreground.
 
     All randomness comes from `generator` (on the CPU): its seed determines the result bit for bit.
 
@@ -195,14 +188,14 @@ def rand_augment_cut_paste(
 
 
 class _Crop(NamedTuple):
-    """A region with its surroundings; the transforms change it, the mask says what will be pasted."""
+    """A region with its surroundings; transforms change both, and the pixels of the mask are pasted."""
 
     image: Tensor  # uint8 [3, h, w]
     mask: Tensor  # bool [h, w]
 
 
 def _cut_region(image: Tensor, mask: Tensor, generator: Generator) -> _Crop:
-    labels, count = ndimage.label(mask.numpy(), _EIGHT_NEIGHBOURS)
+    labels, count = ndimage.label(mask.numpy(), _EIGHT_NEIGHBORS)
     chosen = _integer(count, generator) + 1
     rows, columns = ndimage.find_objects(labels)[chosen - 1]
     # Beyond the image's edge its last row or column is repeated.
@@ -213,7 +206,7 @@ def _cut_region(image: Tensor, mask: Tensor, generator: Generator) -> _Crop:
 
 
 def _paste(normal: Tensor, crop: _Crop, allowed: Tensor, generator: Generator) -> tuple[Tensor, Tensor] | None:
-    """Pastes the crop's region at a random allowed place; None if it has no pixel or no place."""
+    """Paste the crop's region at a random allowed position; return None if it has no pixel or fits nowhere."""
     occupied = crop.mask.nonzero()
     if len(occupied) == 0:
         return None
@@ -224,11 +217,11 @@ def _paste(normal: Tensor, crop: _Crop, allowed: Tensor, generator: Generator) -
     rows, columns = allowed.shape[0] - height + 1, allowed.shape[1] - width + 1
     if rows < 1 or columns < 1:
         return None
-    # Indexed by the region's upper left corner: whether its centre is allowed.
-    places = allowed[height // 2 : height // 2 + rows, width // 2 : width // 2 + columns].nonzero()
-    if len(places) == 0:
+    # Indexed by the region's upper left corner: whether its center is allowed.
+    positions = allowed[height // 2 : height // 2 + rows, width // 2 : width // 2 + columns].nonzero()
+    if len(positions) == 0:
         return None
-    y, x = places[_integer(len(places), generator)].tolist()
+    y, x = positions[_integer(len(positions), generator)].tolist()
     result, result_mask = normal.clone(), torch.zeros_like(allowed)
     window = result[:, y : y + height, x : x + width]
     window.copy_(torch.where(mask, image, window))
@@ -260,10 +253,10 @@ def _affine(crop: _Crop, generator: Generator) -> _Crop:
     scale = _uniform(0.7, 1.3, generator)
     shear = [_uniform(-15, 15, generator), _uniform(-15, 15, generator)]
     height, width = crop.mask.shape
-    # Room for the turned, enlarged and sheared rectangle: shearing by 15 degrees stretches a diagonal by at most 1.3.
-    room = math.ceil((1.3 * 1.3 * math.hypot(height, width) - min(height, width)) / 2)
-    image = tv.pad(crop.image, [room] * 4, padding_mode="edge")
-    mask = torch.nn.functional.pad(crop.mask, [room] * 4)
+    # Space for the turned, enlarged and sheared rectangle: shearing by 15 degrees stretches a diagonal by at most 1.3.
+    padding = math.ceil((1.3 * 1.3 * math.hypot(height, width) - min(height, width)) / 2)
+    image = tv.pad(crop.image, [padding] * 4, padding_mode="edge")
+    mask = torch.nn.functional.pad(crop.mask, [padding] * 4)
     image = tv.affine(image, angle, [0, 0], scale, shear, InterpolationMode.BILINEAR)
     mask = tv.affine(mask[None].to(torch.uint8), angle, [0, 0], scale, shear, InterpolationMode.NEAREST)[0].bool()
     return _tightened(_Crop(image, mask))
@@ -321,7 +314,7 @@ _TRANSFORMS: tuple[Callable[[_Crop, Generator], _Crop], ...] = (
 
 
 def _tightened(crop: _Crop) -> _Crop:
-    """The crop cut down to its region and the usual surroundings; unchanged if the region has vanished."""
+    """Return the crop cut down to its region and the usual surroundings; unchanged if the region has vanished."""
     occupied = crop.mask.nonzero()
     if len(occupied) == 0:
         return crop

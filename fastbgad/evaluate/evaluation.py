@@ -1,27 +1,25 @@
-"""A model measured on test samples, and what the report shows of it."""
+"""A model measured on test samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Sample, load_sample, stream_batches
-from ..errors import ConfigError, DataError
-from ..features.store import cell_mask
+from ..data import Sample, stream_batches
+from ..errors import DataError, check_choice
 from ..model.detector import BGAD
 from ..model.scoring import Calibration, official_anomaly_maps
 from .metrics import Metrics, evaluate
-from .report import ImageRow, LevelHistogram, RunReport
 
 CalibrationName = Literal["training", "official"]
 
 
 class Evaluation(NamedTuple):
-    """Everything that testing a model on n samples gave, on the CPU."""
+    """Results of testing a model on n samples, on the CPU."""
 
     metrics: Metrics
     samples: tuple[Sample, ...]
@@ -42,7 +40,7 @@ def evaluate_model(
     workers: int = 2,
     on_images: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Scores test samples and computes image AUROC, pixel AUROC and exact AUPRO.
+    """Score test samples and compute image AUROC, pixel AUROC and exact AUPRO.
 
     Args:
         model: a trained model. One without calibration can only be measured with the official one, and decides
@@ -59,8 +57,7 @@ def evaluate_model(
         MetricError: normal or anomalous samples only. DataError: an unusable image or mask.
         FeatureError: `calibration` is "training" and the model has none.
     """
-    if calibration not in get_args(CalibrationName):
-        raise ConfigError(f"calibration is {calibration!r}; choose training or official")
+    check_choice("calibration", calibration, CalibrationName)
     if not samples:
         raise DataError("there is no test image to evaluate on")
     if calibration == "official" and not model.calibrated:
@@ -89,77 +86,18 @@ def evaluate_model(
 
 
 def _no_calibration(model: BGAD) -> Calibration:
-    """Constants for a model without calibration: nothing lies beyond a boundary that is NaN."""
+    """Return constants for a model without calibration: nothing lies beyond a boundary that is NaN."""
     levels = model.level_max
     return Calibration(torch.zeros_like(levels), levels.new_zeros(()), levels.new_full((len(levels), 2), torch.nan))
 
 
 def metrics_dict(metrics: Metrics) -> dict[str, float]:
-    """The metrics as plain numbers, for JSON."""
+    """Return the metrics as plain numbers, for JSON."""
     return {name: float(value) for name, value in metrics._asdict().items()}
 
 
-def image_rows(model: BGAD, evaluation: Evaluation) -> list[ImageRow]:
-    """What the report shows of every test image."""
-    return [
-        ImageRow(
-            name=sample.name,
-            defect=sample.defect,
-            label=sample.label,
-            score=float(evaluation.image_scores[i]),
-            image=load_sample(sample, model.image_size).image.permute(1, 2, 0).numpy(),
-            mask=evaluation.masks[i].numpy(),
-            anomaly_map=evaluation.maps[i].numpy(),
-            decision=evaluation.decisions[i].numpy(),
-        )
-        for i, sample in enumerate(evaluation.samples)
-    ]
-
-
-def level_histograms(model: BGAD, evaluation: Evaluation) -> list[LevelHistogram]:
-    """The test patches' log-likelihoods by level, normal apart from anomalous."""
-    histograms = []
-    for level, lp in enumerate(evaluation.levels):
-        mask = cell_mask(evaluation.masks, (lp.shape[1], lp.shape[2]), "nearest")
-        u = lp / model.normalizer
-        b_n, b_a = model.boundaries[level].tolist()
-        name = f"level {level + 1}, stride {model.backbone.strides[level]}"
-        histograms.append(LevelHistogram(name, u[~mask].numpy(), u[mask].numpy(), b_n, b_a))
-    return histograms
-
-
-def run_report(
-    category: str,
-    method: str,
-    model: BGAD,
-    evaluation: Evaluation,
-    *,
-    history: Sequence[Mapping[str, float]] = (),
-    seconds: float = float("nan"),
-    config: Mapping[str, Any] | None = None,
-    versions: Mapping[str, str] | None = None,
-) -> RunReport:
-    """One method on one category, ready for `fastbgad.evaluate.report.write_report`.
-
-    The map's colours run from the median score of the test pixels to the largest one: the same for every image.
-    """
-    sample = evaluation.maps.reshape(-1)[:: max(1, evaluation.maps.numel() // 1_000_000)]
-    return RunReport(
-        category=category,
-        method=method,
-        metrics=metrics_dict(evaluation.metrics),
-        rows=image_rows(model, evaluation),
-        levels=level_histograms(model, evaluation),
-        history=history,
-        seconds=seconds,
-        map_range=(float(sample.median()), float(evaluation.maps.max())),
-        config=config or {},
-        versions=versions or {},
-    )
-
-
 def false_alarms(model: BGAD, evaluation: Evaluation) -> dict[str, float]:
-    """How the explicit boundary decides images: the shares of normal and of anomalous images beyond b_n and b_a.
+    """Return the shares of normal and of anomalous images beyond b_n and beyond b_a.
 
     Empty for a model without calibration, which has no boundary.
     """

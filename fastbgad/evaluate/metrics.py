@@ -66,7 +66,7 @@ class Metrics(NamedTuple):
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """The area under the ROC curve: P(anomalous > normal) + P(anomalous == normal) / 2, exact.
+    """Return the area under the ROC curve: P(anomalous > normal) + P(anomalous == normal) / 2, exact.
 
     Args:
         scores: any shape, any float or integer dtype; higher means more anomalous.
@@ -81,7 +81,7 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def aupro(maps: ArrayLike, masks: ArrayLike, limit: float = 0.3) -> float:
-    """The normalised area under the per-region overlap curve for FPR in [0, limit], exact.
+    """Return the normalized area under the per-region overlap curve for FPR in [0, limit], exact.
 
     Args:
         maps: anomaly maps [N, H, W], or a sequence of [H_i, W_i]; higher means more anomalous.
@@ -95,7 +95,7 @@ def aupro(maps: ArrayLike, masks: ArrayLike, limit: float = 0.3) -> float:
 
 
 def pixel_metrics(maps: ArrayLike, masks: ArrayLike, pro_limit: float = 0.3) -> PixelMetrics:
-    """Pixel AUROC and AUPRO from the same sort; arguments as `aupro`.
+    """Return pixel AUROC and AUPRO from the same sort; arguments as `aupro`.
 
     Raises:
         MetricError: no maps, NaN or Inf scores, maps and masks of different shapes, masks that are not two-valued,
@@ -108,7 +108,7 @@ def pixel_metrics(maps: ArrayLike, masks: ArrayLike, pro_limit: float = 0.3) -> 
 def evaluate(
     maps: ArrayLike, masks: ArrayLike, image_scores: ArrayLike, labels: ArrayLike, pro_limit: float = 0.3
 ) -> Metrics:
-    """Image AUROC, pixel AUROC and AUPRO of one test set.
+    """Return image AUROC, pixel AUROC and AUPRO of one test set.
 
     Args:
         maps: anomaly maps [N, H, W], or a sequence of [H_i, W_i].
@@ -127,7 +127,7 @@ def evaluate(
         raise MetricError(f"{len(map_list)} maps but image scores of shape {scores.shape}; give one score per map")
     for index, mask in enumerate(mask_list):
         if not anomalous[index] and mask.any():
-            raise MetricError(f"image {index} is labelled normal but its mask has anomalous pixels; mend one of them")
+            raise MetricError(f"image {index} is labeled normal but its mask has anomalous pixels; correct one of them")
     image_auroc = _rank(scores[~anomalous], scores[anomalous], "image").auroc()
     pixel = _pixel_metrics(map_list, mask_list, pro_limit)
     n_anomalous = int(np.count_nonzero(anomalous))
@@ -135,7 +135,7 @@ def evaluate(
 
 
 def official_pro(maps: ArrayLike, masks: ArrayLike, limit: float = 0.3, steps: int = 1000) -> float:
-    """AUPRO the way the official BGAD code computes it, for comparison with numbers obtained that way.
+    """Return the AUPRO as the official BGAD code computes it, for comparison with numbers obtained that way.
 
     It differs from `aupro` in four ways: thresholds are `steps` values linear in score from the largest (included) to
     the smallest (not included); a region's holes count as found but not in its size, so an overlap may exceed 1; the
@@ -166,11 +166,11 @@ def official_pro(maps: ArrayLike, masks: ArrayLike, limit: float = 0.3, steps: i
     thresholds = (top - np.arange(steps) * ((top - bottom) / steps)).astype(normal.dtype)  # [steps], descending
 
     def first_step(scores: Array) -> NDArray[np.int64]:
-        """The first threshold strictly below each score; `steps` where none is."""
+        """Return the first threshold strictly below each score; `steps` where none is."""
         return steps - np.searchsorted(thresholds[::-1], scores, side="left")
 
     def found_by_step(scores: Array) -> NDArray[np.int64]:
-        """How many of `scores` lie above each threshold."""
+        """Return the number of `scores` above each threshold."""
         return np.cumsum(np.bincount(first_step(scores), minlength=steps + 1)[:steps])
 
     normal.sort()
@@ -194,7 +194,7 @@ def official_pro(maps: ArrayLike, masks: ArrayLike, limit: float = 0.3, steps: i
 
 
 class _Ranks(NamedTuple):
-    """Where each anomalous score stands among the normal ones."""
+    """Ranks of anomalous scores among the normal ones."""
 
     above: NDArray[np.int64]  # [P] normal scores > it
     equal: NDArray[np.int64]  # [P] normal scores == it
@@ -206,7 +206,7 @@ class _Ranks(NamedTuple):
         return (2 * pairs - 2 * int(self.above.sum()) - int(self.equal.sum())) / (2 * pairs)
 
     def areas(self, limit: float) -> NDArray[np.float64]:
-        """The area [P] under each pixel's own curve for FPR in [0, limit], divided by limit."""
+        """Return the area [P] under each pixel's own curve for FPR in [0, limit], divided by limit."""
         reach = limit * self.n_normal
         x = np.maximum(reach - self.above, 0.0)
         r = np.minimum(x, self.equal)
@@ -214,7 +214,7 @@ class _Ranks(NamedTuple):
 
 
 def _rank(normal: Array, anomalous: Array, unit: str) -> _Ranks:
-    """Ranks `anomalous` [P] among `normal` [M], which is sorted in place, in one run per thread."""
+    """Rank `anomalous` [P] among `normal` [M], which is sorted in place, in one run per thread."""
     if anomalous.size == 0:
         raise _one_class(unit, "anomalous")
     if normal.size == 0:
@@ -247,7 +247,7 @@ def _pixel_metrics(maps: list[Array], masks: list[Mask], pro_limit: float) -> Pi
 
 
 def _split(maps: list[Array], masks: list[Mask]) -> tuple[Array, Array]:
-    """All normal scores [M] and all anomalous scores [P], image after image, in raster order."""
+    """Return all normal scores [M] and all anomalous scores [P], image after image, in raster order."""
     dtype = np.result_type(*{scores.dtype for scores in maps})
     n_pixels = sum(mask.size for mask in masks)
     n_anomalous = sum(int(np.count_nonzero(mask)) for mask in masks)
@@ -265,7 +265,7 @@ def _split(maps: list[Array], masks: list[Mask]) -> tuple[Array, Array]:
 
 
 def _checked_maps(maps: ArrayLike, masks: ArrayLike) -> tuple[list[Array], list[Mask]]:
-    """Maps and masks as lists of numpy arrays [H_i, W_i], of equal shapes and good values."""
+    """Return maps and masks as lists of numpy arrays [H_i, W_i]; raise unless shapes are equal and values usable."""
     # One transfer for a whole tensor instead of one per image.
     maps, masks = (_to_numpy(x) if isinstance(x, torch.Tensor) else x for x in (maps, masks))
     if len(maps) != len(masks):
@@ -298,7 +298,7 @@ def _checked_pair(scores: ArrayLike, truth: ArrayLike, name: str, truth_name: st
         positive = labels != 0
         largest = labels.max(initial=0)
         if not np.array_equal(labels, positive * largest):
-            raise MetricError(f"{truth_name}: values other than 0 and one positive value; binarise the ground truth")
+            raise MetricError(f"{truth_name}: values other than 0 and one positive value; binarize the ground truth")
         labels = positive
     return values, labels
 

@@ -1,6 +1,6 @@
-"""Connected anomalous regions of ground-truth masks (8-connectivity: diagonal neighbours touch).
+"""Connected anomalous regions of ground-truth masks (8-connectivity: diagonal neighbors touch).
 
-Every mask is labelled once; masks of normal images cost one `any`.
+Every mask is labeled once; masks of normal images cost one `any`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scipy import ndimage
 Mask = NDArray[np.bool_]
 Slices = tuple[slice, slice]
 
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+_EIGHT_NEIGHBORS = np.ones((3, 3), dtype=bool)
 
 
 class Regions(NamedTuple):
@@ -31,14 +31,14 @@ class Regions(NamedTuple):
 
 
 def label_regions(masks: Sequence[Mask]) -> Regions:
-    """Numbers the 8-connected regions of bool masks [H_i, W_i]."""
-    found = 0
+    """Number the 8-connected regions of bool masks [H_i, W_i]."""
+    count_before = 0
     parts = [np.empty(0, dtype=np.int64)]
-    for _, labels, count in _labelled(masks):
-        parts.append(labels[labels > 0] + np.int64(found - 1))
-        found += count
+    for _, labels, count in _labeled(masks):
+        parts.append(labels[labels > 0] + np.int64(count_before - 1))
+        count_before += count
     of_pixel = np.concatenate(parts)
-    return Regions(of_pixel, np.bincount(of_pixel, minlength=found))
+    return Regions(of_pixel, np.bincount(of_pixel, minlength=count_before))
 
 
 class FilledRegion(NamedTuple):
@@ -58,24 +58,24 @@ class FilledRegion(NamedTuple):
 
 
 def filled_regions(masks: Sequence[Mask]) -> Iterator[FilledRegion]:
-    """Yields each 8-connected region of bool masks [H_i, W_i] with its holes filled.
+    """Yield each 8-connected region of bool masks [H_i, W_i] with its holes filled.
 
     A hole is background that no 8-connected path leads out of, so a diagonal gap in a ring opens it.
     """
-    for index, labels, _ in _labelled(masks):
+    for index, labels, _ in _labeled(masks):
         for number, box in enumerate(ndimage.find_objects(labels), start=1):
-            own = labels[box] == number
+            region = labels[box] == number
             yield FilledRegion(
                 index,
                 box,
-                ndimage.binary_fill_holes(own, structure=_EIGHT_NEIGHBOURS),
-                int(np.count_nonzero(own)),
+                ndimage.binary_fill_holes(region, structure=_EIGHT_NEIGHBORS),
+                int(np.count_nonzero(region)),
             )
 
 
-def _labelled(masks: Sequence[Mask]) -> Iterator[tuple[int, NDArray[Any], int]]:
-    """Yields (index, labels [H, W], number of regions) of the masks that have an anomalous pixel."""
+def _labeled(masks: Sequence[Mask]) -> Iterator[tuple[int, NDArray[Any], int]]:
+    """Yield (index, labels [H, W], number of regions) of the masks that have an anomalous pixel."""
     for index, mask in enumerate(masks):
         if mask.any():
-            labels, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+            labels, count = ndimage.label(mask, structure=_EIGHT_NEIGHBORS)
             yield index, labels, count

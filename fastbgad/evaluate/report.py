@@ -6,7 +6,7 @@ No script, no address outside the file: photographs are JPEGs and charts SVGs in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..data import load_sample
 from ..errors import ConfigError, DataError, FeatureError
+from ..features.store import cell_mask
+from ..model.detector import BGAD
 from ..render import plots
 from ..render.html_page import css_color, flat_items, render
 from ..render.thumbnails import jpeg_address, shrink_map, shrink_mask, thumbnail
 from ..system.files import write_text
+from .evaluation import Evaluation, metrics_dict
 
 _METRIC_NAMES = {"image_auroc": "Image AUROC", "pixel_auroc": "Pixel AUROC", "aupro": "AUPRO"}
 _NOT_METRICS = ("pro_limit", "n_images", "n_anomalous", "n_regions")
@@ -81,7 +85,7 @@ class RunReport:
         levels: one per feature level.
         history: one mapping per pass over the training images: pass, loss, loss_ml, loss_n, loss_a, lr, b_n_0, ...
         seconds: duration of the training.
-        map_range: scores of the first and the last colour of this run's anomaly maps.
+        map_range: scores of the first and the last color of this run's anomaly maps.
         config: the configuration, possibly nested.
         versions: package -> version.
     """
@@ -98,8 +102,67 @@ class RunReport:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
+def image_rows(model: BGAD, evaluation: Evaluation) -> list[ImageRow]:
+    """Return what a report shows of every test image."""
+    return [
+        ImageRow(
+            name=sample.name,
+            defect=sample.defect,
+            label=sample.label,
+            score=float(evaluation.image_scores[i]),
+            image=load_sample(sample, model.image_size).image.permute(1, 2, 0).numpy(),
+            mask=evaluation.masks[i].numpy(),
+            anomaly_map=evaluation.maps[i].numpy(),
+            decision=evaluation.decisions[i].numpy(),
+        )
+        for i, sample in enumerate(evaluation.samples)
+    ]
+
+
+def level_histograms(model: BGAD, evaluation: Evaluation) -> list[LevelHistogram]:
+    """Return the test patches' log-likelihoods by level, normal apart from anomalous."""
+    histograms = []
+    for level, lp in enumerate(evaluation.levels):
+        mask = cell_mask(evaluation.masks, (lp.shape[1], lp.shape[2]), "nearest")
+        u = lp / model.normalizer
+        b_n, b_a = model.boundaries[level].tolist()
+        name = f"level {level + 1}, stride {model.backbone.strides[level]}"
+        histograms.append(LevelHistogram(name, u[~mask].numpy(), u[mask].numpy(), b_n, b_a))
+    return histograms
+
+
+def run_report(
+    category: str,
+    method: str,
+    model: BGAD,
+    evaluation: Evaluation,
+    *,
+    history: Sequence[Mapping[str, float]] = (),
+    seconds: float = float("nan"),
+    config: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> RunReport:
+    """Return the evaluation of one method on one category, ready for `write_report`.
+
+    The map's colors run from the median score of the test pixels to the largest one: the same for every image.
+    """
+    sample = evaluation.maps.reshape(-1)[:: max(1, evaluation.maps.numel() // 1_000_000)]
+    return RunReport(
+        category=category,
+        method=method,
+        metrics=metrics_dict(evaluation.metrics),
+        rows=image_rows(model, evaluation),
+        levels=level_histograms(model, evaluation),
+        history=history,
+        seconds=seconds,
+        map_range=(float(sample.median()), float(evaluation.maps.max())),
+        config=config or {},
+        versions=versions or {},
+    )
+
+
 def write_report(path: str | Path, runs: Sequence[RunReport], title: str, max_images: int = 10) -> None:
-    """Writes the report of `runs` as one HTML file; runs of the same category are shown side by side.
+    """Write the report of `runs` as one HTML file, with runs of the same category side by side.
 
     Args:
         path: the file to write.
@@ -112,7 +175,7 @@ def write_report(path: str | Path, runs: Sequence[RunReport], title: str, max_im
         ConfigError: no runs, or two runs of the same category and method.
         DataError: a picture, map, mask and decision of one image differ in size.
         FeatureError: an anomaly map holds NaN or Inf.
-        OutputError: the file cannot be written; what was there before stays.
+        OutputError: the file cannot be written; an earlier file is kept.
     """
     if not runs:
         raise ConfigError("a report needs at least one run")
@@ -165,7 +228,7 @@ def _metric_tables(runs: Sequence[RunReport], categories: list[str], methods: li
         lines = [(name, [float(values.get((name, m), {}).get(key, math.nan)) for m in methods]) for name in categories]
         has_mean = len(categories) > 1
         if has_mean:
-            # A mean over other categories than its neighbour's would not be comparable: NaN stays NaN.
+            # A mean over other categories than its neighbor's would not be comparable: NaN stays NaN.
             lines.append(("Mean", np.mean([line for _, line in lines], axis=0).tolist()))
         rows = []
         for name, line in lines:
@@ -177,7 +240,7 @@ def _metric_tables(runs: Sequence[RunReport], categories: list[str], methods: li
 
 
 def _section(runs: Sequence[RunReport], max_images: int) -> dict[str, Any]:
-    """What the template shows of one category."""
+    """Return what the template shows of one category."""
     rows = {row.name: row for run in runs for row in run.rows}
     by_run = [{row.name: row for row in run.rows} for run in runs]
     # The images are ranked by the last run, the method of interest where NFAD comes first.
@@ -194,24 +257,25 @@ def _section(runs: Sequence[RunReport], max_images: int) -> dict[str, Any]:
 
 
 def _choose(rows: list[ImageRow], ranking: Mapping[str, float], count: int) -> list[ImageRow]:
-    """Up to `count` images: each kind of defect in turn gives its lowest, then its highest score, and so on inwards.
+    """Return up to `count` images, those first that are the likeliest mistakes.
 
-    Normal images give their highest score first, so that the likeliest mistakes of both classes are always shown.
-    The result is ordered by kind, normal images last, the likeliest mistake first.
+    Kinds of defects take turns; each gives its image with the lowest score, then that with the highest, the second
+    lowest and so on. Normal images begin with the highest score. The result is ordered by kind, normal images last, and
+    within a kind with the likeliest mistake first.
     """
     kinds: dict[tuple[bool, str], list[ImageRow]] = {}
     for row in sorted(rows, key=lambda row: (row.label == 0, row.defect, row.name)):
         kinds.setdefault((row.label == 0, row.defect), []).append(row)
     for (is_normal, _), members in kinds.items():
         members.sort(key=lambda row: ranking[row.name], reverse=is_normal)
-    turns = {kind: list(_inwards(members)) for kind, members in kinds.items()}
+    turns = {kind: list(_from_both_ends(members)) for kind, members in kinds.items()}
     queue = [members[turn] for turn in range(len(rows)) for members in turns.values() if turn < len(members)]
     kept = {row.name for row in queue[:count]}
     return [row for members in kinds.values() for row in members if row.name in kept]
 
 
-def _inwards(members: Sequence[ImageRow]) -> Iterator[ImageRow]:
-    """First, last, second, second last, ..."""
+def _from_both_ends(members: Sequence[ImageRow]) -> Iterator[ImageRow]:
+    """Yield the first, the last, the second, the second last, ..."""
     for index in range(len(members)):
         yield members[index // 2 if index % 2 == 0 else -1 - index // 2]
 
@@ -227,25 +291,25 @@ def _sample(row: ImageRow, runs: Sequence[RunReport], by_run: Sequence[Mapping[s
         alt = f"{row.name} with the true defect outlined" if row.mask.any() else f"{row.name}, no defect"
         panels.append({"caption": "Ground truth", "alt": alt, "src": jpeg_address(truth)})
     for run, rows in zip(runs, by_run, strict=True):
-        own = rows.get(row.name)
-        if own is None:
+        tested = rows.get(row.name)
+        if tested is None:
             missing = f"not among the test images of {run.method}"
             panels += [
                 {"caption": f"{run.method} {what}", "src": "", "missing": missing} for what in ("map", "decision")
             ]
             continue
-        _require_size(own.anomaly_map, own, "anomaly map")
-        _require_size(own.decision, own, "decision")
-        if not np.isfinite(own.anomaly_map).all():
-            raise FeatureError(f"report: the anomaly map of {own.name} holds NaN or Inf; score the image again")
-        heat = plots.heat_overlay(photo, shrink_map(own.anomaly_map, photo), *run.map_range)
-        decision = plots.decision_contour(photo, _shrink_decision(own.decision, photo))
-        shares = f"{np.mean(own.decision == 1):.1%} in the margin, {np.mean(own.decision == 2):.1%} beyond b_a"
+        _require_size(tested.anomaly_map, tested, "anomaly map")
+        _require_size(tested.decision, tested, "decision")
+        if not np.isfinite(tested.anomaly_map).all():
+            raise FeatureError(f"report: the anomaly map of {tested.name} holds NaN or Inf; score the image again")
+        heat = plots.heat_overlay(photo, shrink_map(tested.anomaly_map, photo), *run.map_range)
+        decision = plots.decision_contour(photo, _shrink_decision(tested.decision, photo))
+        shares = f"{np.mean(tested.decision == 1):.1%} in the margin, {np.mean(tested.decision == 2):.1%} beyond b_a"
         panels += [
             {
                 "caption": f"{run.method} map",
-                "score": _number(own.score),
-                "alt": f"anomaly map of {row.name} by {run.method}, image score {_number(own.score)}",
+                "score": _number(tested.score),
+                "alt": f"anomaly map of {row.name} by {run.method}, image score {_number(tested.score)}",
                 "src": jpeg_address(heat),
             },
             {
@@ -274,8 +338,10 @@ def _run(run: RunReport) -> dict[str, Any]:
     }
 
 
-def _comparison(runs: Sequence[RunReport], of: Any) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(key, [(runs, value)]): one entry where all runs agree (its runs are ""), else one per distinct value."""
+def _comparison(
+    runs: Sequence[RunReport], of: Callable[[RunReport], Mapping[str, Any]]
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return (key, [(runs, value)]): one entry where all runs agree (its runs are ""), else one per distinct value."""
     flat = [dict(flat_items(of(run))) for run in runs]
     table = []
     for key in dict.fromkeys(key for entry in flat for key in entry):

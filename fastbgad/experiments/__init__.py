@@ -1,1 +1,1 @@
-"""The paper's experiments: what is measured, by whom, how often, and how it compares with the published numbers."""
+"""The paper's experiments: plans, running, results, and methods of other authors."""

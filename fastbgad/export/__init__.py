@@ -1,11 +1,16 @@
-"""A trained model as one file that runs without fastbgad."""
+"""Export of a trained model to one file that runs without fastbgad."""
 
 from __future__ import annotations
 
-from .detector import export_detector
+from ..model import BGAD
+from .check import Difference
+from .detector import ExportSummary, export_detector
 from .formats import ExportFormat
 
 __all__ = [
+    "BGAD",
+    "Difference",
     "ExportFormat",
+    "ExportSummary",
     "export_detector",
 ]

@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the model does: generated images, and the largest differences on them."""
+"""Check that an exported file computes the same as its model: the largest differences on generated images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .graph import ANOMALY_MAP, DECISION, IMAGE_SCORE, IMAGE_SIDE, LOG_LIKELIHOO
 
 # As a share of the highest possible score. Runtimes differ by 1e-6; a wrong border or a wrong constant by far more.
 MAP_TOLERANCE = 1e-4
-# Relative to 1 + |lp|: far from the normals, where likelihoods are 0 and the map tells nothing, lp still does.
+# Relative to 1 + |lp|. Far from the normals likelihoods are 0 and the map is flat, but lp is not.
 LOG_LIKELIHOOD_TOLERANCE = 1e-3
-# Weaker contrast comes closer to what a model of quiet surfaces knows.
+# Weaker contrast comes closer to the training images of models of plain surfaces.
 _CONTRASTS = (1.0, 0.5, 0.25)
 _GRAIN = 0.08
 
@@ -37,7 +37,7 @@ class Difference(NamedTuple):
 
     @property
     def small(self) -> bool:
-        """Whether all are within their tolerances."""
+        """True if all are within their tolerances."""
         # NaN fails every comparison.
         scores = self.anomaly_map <= MAP_TOLERANCE and self.image_score <= MAP_TOLERANCE
         return scores and self.log_likelihood <= LOG_LIKELIHOOD_TOLERANCE and self.decisions == 0
@@ -50,11 +50,11 @@ class Difference(NamedTuple):
 
 
 def check_images(size: tuple[int, int]) -> Tensor:
-    """Three generated photographs [3, 3, H, W] float32 in [0, 1], contiguous, each of less contrast than the last.
+    """Generate three photographs [3, 3, H, W] float32 in [0, 1], contiguous, each of less contrast than the last.
 
-    All are grainy. Where an image is smooth, the `gabor` backbone takes a variance as a difference of two nearly equal
-    numbers, and any two runtimes, as well as the model and exact arithmetic, differ there by some 1e-4 of the highest
-    score: that would say nothing about the graph.
+    All are grainy. Where an image is smooth, the `gabor` backbone computes a variance as a difference of two nearly
+    equal numbers, and there any two runtimes, or the model and exact arithmetic, differ by some 1e-4 of the highest
+    score, even with a correct graph.
     """
     with tempfile.TemporaryDirectory(prefix="fastbgad-export-") as folder:
         files = write_noise_images(folder, len(_CONTRASTS), max(size))
@@ -66,71 +66,79 @@ def check_images(size: tuple[int, int]) -> Tensor:
 
 
 def check_file(load: Callable[[Mapping[str, Tensor]], Run], model: BGAD) -> Difference:
-    """The largest differences between a file and its model, on batches of 1 and 3 generated images.
+    """Return the largest differences between a file and its model, on batches of 1 and 3 generated images.
 
-    A trained model finds such images so unlikely that their map is flat, whatever becomes of it. So the file is run
-    a second time with constants that suit these very images, and its map is held against its own log-likelihoods.
+    To a trained model such images are so unlikely that their map is flat, and a wrong map would not differ. So the file
+    is run a second time with scoring constants calibrated on these images, and its map is compared with the one that
+    the model computes from the file's log-likelihoods.
 
     Args:
-        load: makes the file run, with these scoring constants in the place of its own.
-        model: a calibrated model with `impl="torch"`; it stays as it is.
+        load: loads the file and replaces its scoring constants by these.
+        model: a calibrated model with `impl="torch"`; it is not changed.
 
     Raises:
         BackendError: outputs of other names, shapes or types.
         FeatureError: the model gives log-likelihoods that are not finite.
     """
     images, run, differences = check_images(model.image_size), load({}), []
-    own = scoring_constants(model.calibration(), model.normalizer)
+    own_constants = scoring_constants(model.calibration(), model.normalizer)
     for batch in (1, len(images)):
-        found = _on_cpu(run(images[:batch]))
-        differences.append(compare(found, outputs_of(model.predict(images[:batch])), own))
+        outputs = _on_cpu(run(images[:batch]))
+        differences.append(compare(outputs, outputs_of(model.predict(images[:batch])), own_constants))
     if all(difference.small for difference in differences):
-        levels = [value.to(model.device) for name, value in found.items() if name.startswith(LOG_LIKELIHOOD)]
-        fitting = calibrate(levels, model.image_size, beta=0.2, tau=0.1, normalizer=model.normalizer)
-        constants = scoring_constants(fitting, model.normalizer)
-        found = _on_cpu(load(constants)(images))
-        levels = [value.to(model.device) for name, value in found.items() if name.startswith(LOG_LIKELIHOOD)]
-        differences.append(compare(found, outputs_of(model.decide(levels, calibration=fitting)), constants))
+        levels = _log_likelihoods(outputs, model.device)
+        calibration = calibrate(levels, model.image_size, beta=0.2, tau=0.1, normalizer=model.normalizer)
+        constants = scoring_constants(calibration, model.normalizer)
+        outputs = _on_cpu(load(constants)(images))
+        expected = model.decide(_log_likelihoods(outputs, model.device), calibration=calibration)
+        differences.append(compare(outputs, outputs_of(expected), constants))
     # Not max(): it loses NaN.
     anomaly_map, image_score, lp, decisions = torch.tensor(differences, dtype=torch.float64).amax(dim=0).tolist()
     return Difference(anomaly_map, image_score, lp, int(decisions))
 
 
-def compare(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Difference:
-    """The largest differences between two sets of outputs.
+def compare(
+    outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> Difference:
+    """Return the largest differences between two sets of outputs.
 
     Args:
-        found, wanted: by name as `ExportedDetector.forward` returns them, on the CPU.
+        outputs: by name as `ExportedDetector.forward` returns them, on the CPU.
+        expected: likewise; relative differences refer to these.
         constants: the `scoring_constants` that both were scored with.
 
     Raises:
         BackendError: outputs of other names, shapes or types.
     """
-    if _described(found) != _described(wanted):
-        raise BackendError(f"the outputs are {_described(found)} instead of {_described(wanted)}")
+    if _described(outputs) != _described(expected):
+        raise BackendError(f"the outputs are {_described(outputs)} instead of {_described(expected)}")
     highest = max(abs(float(constants["offset"])), 1e-6)
     edges = torch.cat([constants["normal_edge"], constants["anomalous_edge"]]).flatten().cpu()
 
-    def apart(name: str) -> Tensor:
-        return (found[name] - wanted[name]).abs()
+    def distance(name: str) -> Tensor:
+        return (outputs[name] - expected[name]).abs()
 
-    def elsewhere(sides: str, scores: str) -> int:
-        undecided = ((wanted[scores][..., None] - edges).abs() <= MAP_TOLERANCE * highest).any(dim=-1)
-        return int(((found[sides] != wanted[sides]) & ~undecided).sum())
+    def changed_sides(sides: str, scores: str) -> int:
+        undecided = ((expected[scores][..., None] - edges).abs() <= MAP_TOLERANCE * highest).any(dim=-1)
+        return int(((outputs[sides] != expected[sides]) & ~undecided).sum())
 
-    levels = [name for name in wanted if name.startswith(LOG_LIKELIHOOD)]
+    levels = [name for name in expected if name.startswith(LOG_LIKELIHOOD)]
     return Difference(
-        float(apart(ANOMALY_MAP).max()) / highest,
-        float(apart(IMAGE_SCORE).max()) / highest,
-        float(torch.stack([(apart(name) / (1 + wanted[name].abs())).max() for name in levels]).max()),
-        elsewhere(DECISION, ANOMALY_MAP) + elsewhere(IMAGE_SIDE, IMAGE_SCORE),
+        float(distance(ANOMALY_MAP).max()) / highest,
+        float(distance(IMAGE_SCORE).max()) / highest,
+        float(torch.stack([(distance(name) / (1 + expected[name].abs())).max() for name in levels]).max()),
+        changed_sides(DECISION, ANOMALY_MAP) + changed_sides(IMAGE_SIDE, IMAGE_SCORE),
     )
 
 
 def outputs_of(prediction: Prediction) -> dict[str, Tensor]:
-    """The outputs of `ExportedDetector` as the model itself gives them, on the CPU."""
+    """Return a prediction of the model as `ExportedDetector` names its outputs, on the CPU."""
     named = {name: getattr(prediction, name) for name in (ANOMALY_MAP, IMAGE_SCORE, IMAGE_SIDE, DECISION)}
     return _on_cpu(named | {f"{LOG_LIKELIHOOD}{level}": lp for level, lp in enumerate(prediction.log_likelihoods)})
+
+
+def _log_likelihoods(outputs: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:
+    return [value.to(device) for name, value in outputs.items() if name.startswith(LOG_LIKELIHOOD)]
 
 
 def _on_cpu(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""A trained detector as one file that runs without fastbgad: ONNX, torch.export, or compiled by AOTInductor.
+"""Export of a trained detector to one file that runs without fastbgad: ONNX, torch.export, or AOTInductor.
 
-No file counts before it was loaded back, run, and found to compute what `BGAD.predict` does.
+A file is kept only if it was loaded back and run, and its results are those of `BGAD.predict`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from ..backbones import create_backbone
-from ..errors import BackendError, ConfigError, FastBGADError
+from ..errors import BackendError, ConfigError, FastBGADError, check_choice
 from ..model.detector import BGAD
-from ..predict.local import DECISIONS
+from ..model.scoring import DECISIONS
 from ..system.environment import choose_device, versions
 from ..system.files import atomic_path
 from .check import Difference, check_file, check_images, compare, outputs_of
@@ -34,16 +34,16 @@ _REMEDY = "choose another format or backbone"
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What `export_detector` wrote."""
+    """Facts about a file of `export_detector`."""
 
     path: Path
     file_bytes: int
     operations: int  # in the graph
     difference: Difference  # to the model, its backbone in float32
-    narrow: tuple[str, Difference] | None = None  # the type of a narrower backbone, and the difference to that model
+    narrow: tuple[str, Difference] | None = None  # type of the model's narrower backbone, the difference that it makes
 
     def facts(self) -> dict[str, object]:
-        """Name and value of everything, for people."""
+        """Return names and values for display."""
         facts: dict[str, object] = {
             "file": f"{self.path}, {self.file_bytes / 2**20:.1f} MiB",
             "operations": self.operations,
@@ -60,34 +60,33 @@ class ExportSummary:
 def export_detector(
     model: BGAD, path: str | Path, format: ExportFormat = "onnx", *, device: str | torch.device = "cpu"
 ) -> ExportSummary:
-    """Writes a detector to one file, atomically, after checking that it computes the same.
+    """Write a detector to one file, atomically, after checking that it computes the same.
 
-    The file takes `images` [B, 3, H, W] float32, RGB in [0, 1], contiguous, of the model's size and in any number, and
-    gives what `fastbgad.export.graph.ExportedDetector.forward` lists. It carries thresholds, image size, the names of
+    The file takes `images` [B, 3, H, W] float32, RGB in [0, 1], contiguous, of the model's size and in any number. Its
+    outputs are those of `fastbgad.export.graph.ExportedDetector.forward`. It holds thresholds, image size, the names of
     the sides and the version: as `metadata_props` of an ONNX model, as the extra file `fastbgad.json` of a
     torch.export archive, as metadata of an AOTInductor package.
 
-    A backbone in float16 or bfloat16 is exported in float32, which every runtime has; the summary says by how much the
-    file then differs from the model as it is.
+    A backbone in float16 or bfloat16 is exported in float32, which every runtime has; the summary holds the difference
+    that this makes.
 
     Args:
-        model: a calibrated model; it stays as it is.
+        model: a calibrated model; it is not changed.
         path: `.onnx`, or `.pt2` for the others.
         format: "onnx": for ONNX Runtime and others. "torch-export": for PyTorch, on any machine. "aoti": compiled by
             AOTInductor for machines like this one.
-        device: where a "torch-export" or "aoti" file will run. An ONNX file is bound to no device.
+        device: that a "torch-export" or "aoti" file will run on. An ONNX file is bound to no device.
 
     Raises:
         ConfigError: an unknown format or device, another suffix, or a device for ONNX.
         FeatureError: the model has no calibration, or its log-likelihoods are not finite.
         MissingDependencyError: "onnx" without the extra `export`.
         BackendError: no C++ compiler, a backbone that cannot be exported, a model too large for ONNX, or a file that
-            does not compute the same: then none is left.
+            does not compute the same. No file is left then.
         OutputError: the file cannot be written.
     """
     path, device = Path(path), choose_device(str(device))
-    if format not in FORMATS:
-        raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
+    check_choice("format", format, FORMATS)
     kind = FORMATS[format]
     if path.suffix != kind.suffix:
         raise ConfigError(f"a file of the format {format} ends in {kind.suffix}, unlike {path}; rename it")
@@ -112,7 +111,7 @@ def export_detector(
 
 
 def _float32_copy(model: BGAD, device: torch.device) -> BGAD:
-    """The same model on `device`: backbone in float32 and not under torch.compile, operations in plain PyTorch."""
+    """Return the same model on `device`: backbone in float32, without torch.compile, operations in plain PyTorch."""
     config = dict(model.backbone.config())
     if config["name"] != "gabor":
         config |= {"weights": "random", "dtype": "float32"}  # the weights are overwritten below
@@ -126,10 +125,10 @@ def _float32_copy(model: BGAD, device: torch.device) -> BGAD:
 
 def _traced(model: BGAD) -> ExportedProgram:
     detector = ExportedDetector(model)
-    # PyTorch takes a batch of one for a constant, even where the batch is declared to vary.
+    # PyTorch treats a batch size of 1 as a constant, even where it is declared to vary.
     example = torch.full((2, 3, *model.image_size), 0.5, device=model.device)
     program = torch.export.export(detector, (example,), dynamic_shapes={INPUT: {0: Dim("batch")}}, strict=False)
-    # Where our source files lie is of no use to whoever gets the file.
+    # Paths of source files on this machine are of no use in the file.
     for node in program.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
             node.meta.pop(key, None)
@@ -137,7 +136,7 @@ def _traced(model: BGAD) -> ExportedProgram:
 
 
 def _metadata(model: BGAD) -> dict[str, str]:
-    """What a user of the file needs to know, as JSON values."""
+    """Return facts that a user of the file needs, as JSON values."""
     b_n, b_a = model.thresholds()
     facts = {
         "version": versions()["fastbgad"],
@@ -153,18 +152,22 @@ def _metadata(model: BGAD) -> dict[str, str]:
 
 
 def _narrow_difference(plain: BGAD, model: BGAD) -> Difference:
-    """By how much the backbone's narrower type moves the results of `model`, against `plain` in float32."""
+    """Return the difference of `model`, whose backbone has a narrower type, from `plain` in float32."""
     images = check_images(model.image_size)
     constants = scoring_constants(model.calibration(), model.normalizer)
     return compare(outputs_of(plain.predict(images)), outputs_of(model.predict(images)), constants)
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Whatever an exporter or a runtime raises becomes one `BackendError`; what they print is left out."""
-    disabled, unheard = logging.root.manager.disable, io.StringIO()
+def _explained(failure: str) -> Iterator[None]:
+    """Turn every exception of an exporter or a runtime into a `BackendError`, and suppress their output.
+
+    Args:
+        failure: begin of the message, without the reason.
+    """
+    disabled, output = logging.root.manager.disable, io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             warnings.simplefilter("ignore")
             logging.disable(max(disabled, logging.WARNING))
             yield
@@ -173,16 +176,16 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        # They raise all kinds of errors, several with pages of text.
+        # Exporters raise all kinds of errors, several with pages of text.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_REASON]
-        raise BackendError(f"{what} ({reason}); {_REMEDY}") from error
+        raise BackendError(f"{failure} ({reason}); {_REMEDY}") from error
     finally:
         logging.disable(disabled)
 
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Convolutions on a GPU without TF32, whose rounding depends on the algorithm that was chosen."""
+    """Run convolutions on a GPU without TF32, whose rounding depends on the algorithm that is chosen."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -1,7 +1,7 @@
-"""The formats of `fastbgad.export`: what each needs of the machine, how it is written, and how it is run.
+"""Formats of `fastbgad.export`: requirements on the machine, writers and loaders.
 
 A writer takes the traced detector and returns the number of operations. A loader returns a function from images
-[B, 3, H, W] float32 on the CPU to the outputs by name; it can put other scoring constants in the place of the file's.
+[B, 3, H, W] float32 on the CPU to the outputs by name; it can replace the file's scoring constants.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Constants = Mapping[str, Tensor]
 
 INPUT = "images"
 METADATA_FILE = "fastbgad.json"  # inside a torch.export archive
-# A protobuf message, which an ONNX file without companions is, ends at 2 GiB; the graph itself takes a few MB.
+# An ONNX file without external data is one protobuf message, of 2 GiB at most; the graph itself takes a few MB.
 MOST_ONNX_BYTES = 2**31 - 2**26
 
 
@@ -35,12 +35,9 @@ class Format(NamedTuple):
     """One format: the suffix of its files, and its three functions."""
 
     suffix: str
-    check: Callable[[torch.device], None]  # raises what keeps this machine from writing it
+    check: Callable[[torch.device], None]  # raises an error if this machine cannot write the format
     write: Callable[[ExportedProgram, Path, Mapping[str, str]], int]
     load: Callable[[Path, torch.device, Constants], Run]
-
-
-# ------------------------------------------------------------------ onnx
 
 
 def _check_onnx(device: torch.device) -> None:
@@ -57,25 +54,25 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: Mapping[str, str
     constants = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     if constants > MOST_ONNX_BYTES:
         raise BackendError(
-            f"the model holds {constants / 2**30:.1f} GiB of constants and an ONNX file ends at 2 GiB; choose the "
-            "format torch-export, or a smaller backbone"
+            f"the model holds {constants / 2**30:.1f} GiB of constants, and an ONNX file holds 2 GiB at most; choose "
+            "the format torch-export, or a smaller backbone"
         )
     spec = program.call_spec.out_spec
     assert spec is not None
-    places = tree_unflatten(range(spec.num_leaves), spec)
+    output_index = tree_unflatten(range(spec.num_leaves), spec)
     onnx_program = torch.onnx.export(
         program,
         (),
         dynamo=True,
         input_names=[INPUT],
-        output_names=sorted(places, key=places.__getitem__),
+        output_names=sorted(output_index, key=output_index.__getitem__),
         dynamic_shapes={INPUT: {0: "batch"}},
         external_data=False,
         verbose=False,
     )
     assert onnx_program is not None
     model = onnx_program.model
-    # What is noted about every node takes as much room as the flows.
+    # The metadata of the nodes is as large as the flows.
     for holder in (model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
         holder.metadata_props.clear()
     model.metadata_props.clear()
@@ -89,9 +86,9 @@ def _load_onnx(path: Path, device: torch.device, constants: Constants) -> Run:
     import onnxruntime
 
     model = onnx.load(path)
-    places = {tensor.name: tensor for tensor in model.graph.initializer}
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, value in constants.items():
-        places[name].CopyFrom(onnx.numpy_helper.from_array(value.cpu().numpy(), name))
+        initializers[name].CopyFrom(onnx.numpy_helper.from_array(value.cpu().numpy(), name))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
@@ -107,16 +104,13 @@ def _load_onnx(path: Path, device: torch.device, constants: Constants) -> Run:
     return run
 
 
-# ---------------------------------------------------------- torch-export
-
-
 def _check_torch_export(device: torch.device) -> None:
-    """PyTorch itself is enough."""
+    """Raise nothing: PyTorch itself is enough."""
 
 
 def _write_torch_export(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> int:
     program.example_inputs = None  # two whole images
-    with path.open("wb") as file:  # a path would leave its own name in the archive
+    with path.open("wb") as file:  # given a path, PyTorch writes its name into the archive
         torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
     return _operations(program)
 
@@ -129,15 +123,12 @@ def _load_torch_export(path: Path, device: torch.device, constants: Constants) -
     return lambda images: module(images.to(device))
 
 
-# ------------------------------------------------------------------ aoti
-
-
 def _check_aoti(device: torch.device) -> None:
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
         raise BackendError(
             f"the format aoti compiles C++, and this machine has no compiler {compiler}: install one (on Debian and "
-            "Ubuntu: apt-get install g++), name yours in the environment variable CXX, or choose torch-export"
+            "Ubuntu: apt-get install g++), name another in the environment variable CXX, or choose torch-export"
         )
 
 
@@ -152,7 +143,7 @@ def _load_aoti(path: Path, device: torch.device, constants: Constants) -> Run:
     package: Any = torch._inductor.aoti_load_package(str(path))
     if constants:
         package.load_constants(dict(constants), check_full_update=False)
-    # The compiled code reads memory in the order it was traced with, whatever the strides say.
+    # The compiled code expects the memory layout that it was traced with and ignores strides.
     return lambda images: package(images.to(device).contiguous())
 
 

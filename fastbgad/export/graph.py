@@ -1,9 +1,9 @@
-"""The detector as one traceable graph: what `fastbgad.export` writes to files.
+"""The detector as one traceable graph, which `fastbgad.export` writes to files.
 
-Nothing here chooses an implementation, loops over rows or calls a kernel: every operation is one that other runtimes
-have. What does not depend on the image is folded before, in float64: the positional condition becomes two small tables
-per coupling layer, the global affine goes into the permutation (see `fastbgad.ops.flow.folded`), so the graph holds
-neither a positional encoding nor a softplus.
+Nothing here chooses a backend, loops over rows or calls a kernel: other runtimes have every operation. Everything that
+does not depend on the image is computed before, in float64: the positional condition becomes two small tables per
+coupling layer, and the global affine is folded into the permutation (see `fastbgad.ops.flow.folded`), so the graph
+holds neither a positional encoding nor a softplus.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ..backbones import Backbone
 from ..flow_spec import FlowSpec
 from ..model.detector import BGAD
 from ..model.flow import ConditionalFlow
@@ -23,7 +24,7 @@ from ..ops import PositionalRows
 from ..ops.flow.folded import Folded, fold_flow
 
 ANOMALY_MAP, IMAGE_SCORE, IMAGE_SIDE, DECISION = "anomaly_map", "image_score", "image_side", "decision"
-# With the number of the level, counted from 0.
+# Followed by the number of the level, counted from 0.
 LOG_LIKELIHOOD, LEVEL_MAX = "log_likelihood_", "level_max_"
 
 
@@ -34,8 +35,8 @@ class ExportedCoupling(nn.Module):
         folded: the layer's constants, float64.
         spec: the shape of the flow.
         width: width of the maps.
-        offset: [C], the global affine's offset, given to the last layer only. That one leaves out W_perm: the
-            log-likelihood takes nothing but |z|^2, which an orthogonal matrix does not change.
+        offset: [C], the global affine's offset, for the last layer only. The last layer leaves W_perm out: the
+            log-likelihood depends on |z|^2 only, which an orthogonal matrix does not change.
     """
 
     w1: Tensor
@@ -50,11 +51,11 @@ class ExportedCoupling(nn.Module):
 
     def __init__(self, folded: Folded, spec: FlowSpec, width: int, offset: Tensor | None) -> None:
         super().__init__()
-        self.split = [spec.passive_channels, spec.active_channels]
-        self.clamp = spec.clamp
-        self.positional = folded.tables is not None
-        self.reordered = offset is None and folded.moved is not None
-        self.mixed = offset is None and not self.reordered
+        self.split: list[int] = [spec.passive_channels, spec.active_channels]
+        self.clamp: float = spec.clamp
+        self.positional: bool = folded.tables is not None
+        self.reordered: bool = offset is None and folded.moved is not None
+        self.mixed: bool = offset is None and not self.reordered
         constants = {"w1": folded.w1x, "columns": folded.bias, "w2": folded.w2.T, "b2": folded.b2[:, 0]}
         if folded.tables is not None:
             constants |= {"columns": folded.tables[:width], "lines": folded.tables[width:, None]}
@@ -69,13 +70,13 @@ class ExportedCoupling(nn.Module):
             self.register_buffer(name, value.to(torch.float32).contiguous())
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The next state [B, h, w, C] and the log-scales s [B, h, w, C2] from a state [B, h, w, C], all float32."""
+        """Return the next state [B, h, w, C] and the log-scales s [B, h, w, C2] of a state, all float32."""
         passive, active = state.split(self.split, dim=-1)
         hidden = passive @ self.w1 + self.columns
         if self.positional:
             hidden = hidden + self.lines
         half_s, a_t = (torch.relu(hidden) @ self.w2 + self.b2).chunk(2, dim=-1)
-        # The weights of s hold a factor of 2: clamp * tanh(a) = 2 clamp * sigmoid(2 a) - clamp.
+        # The weights of s include a factor of 2: clamp * tanh(a) = 2 clamp * sigmoid(2 a) - clamp.
         s = torch.sigmoid(half_s) * (2 * self.clamp) - self.clamp
         y = torch.cat([passive, active * torch.exp(s) + a_t], dim=-1)
         if self.mixed:
@@ -86,14 +87,14 @@ class ExportedCoupling(nn.Module):
 
 
 class ExportedFlow(nn.Module):
-    """The flow of a level for feature maps of one size, as `ConditionalFlow.log_likelihood_map` computes it.
+    """The flow of a level for feature maps of one size; it computes `ConditionalFlow.log_likelihood_map`.
 
     The number of operations depends on the coupling layers alone: all rows of a level go through a layer at once. So
     the hidden activations of an image, [h, w, H] float32, are in memory as a whole (78 MB for the finest level of
     tf_efficientnet_b6 at 1024 pixels, 1.2 GB at 4096), where fastbgad itself holds one chunk that fits the cache.
 
     Args:
-        flow: read once; later changes of its weights do not reach this module.
+        flow: read once; later changes of its weights have no effect on this module.
         size: (height, width) of the feature maps.
     """
 
@@ -103,15 +104,15 @@ class ExportedFlow(nn.Module):
         positions = PositionalRows(*size, channels=spec.condition_channels) if spec.condition_channels else None
         folded = fold_flow(weights, spec, positions, torch.float64).layers
         last_offset = weights[-1].global_offset.detach().double()
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             ExportedCoupling(layer, spec, size[1], last_offset if layer is folded[-1] else None) for layer in folded
         )
-        self.channels = spec.channels
+        self.channels: int = spec.channels
         log_g = math.fsum(float(layer.log_g) for layer in folded)
-        self.constant = log_g / spec.channels - 0.5 * math.log(2 * math.pi)
+        self.constant: float = log_g / spec.channels - 0.5 * math.log(2 * math.pi)
 
     def forward(self, features: Tensor) -> Tensor:
-        """lp [B, h, w] float32, nats per dimension, of features [B, C, h, w] of any floating-point type."""
+        """Return lp [B, h, w] float32, nats per dimension, of features [B, C, h, w] of any floating-point type."""
         state, log_scales = features.permute(0, 2, 3, 1).to(torch.float32), []
         for layer in self.layers:
             state, s = layer(state)
@@ -124,8 +125,8 @@ class ExportedFlow(nn.Module):
 class ExportedDetector(nn.Module):
     """Backbone, flows and scoring of a calibrated model as one graph, for float32 images of the model's size.
 
-    It computes what `BGAD.predict` does without its checks, since a graph cannot raise: images beyond [0, 1] give
-    wrong scores without a sign. A pixel whose score is NaN counts as beyond the boundary, never as normal.
+    It computes the same as `BGAD.predict` without the checks, since a graph cannot raise errors: images beyond [0, 1]
+    silently give wrong scores. A pixel whose score is NaN counts as beyond the boundary, never as normal.
 
     Args:
         model: a trained model in evaluation mode. Its backbone is shared, not copied; flows and calibration are read
@@ -141,20 +142,20 @@ class ExportedDetector(nn.Module):
 
     def __init__(self, model: BGAD) -> None:
         super().__init__()
-        self.size = model.image_size
+        self.size: tuple[int, int] = model.image_size
         for name, value in scoring_constants(model.calibration(), model.normalizer).items():
             self.register_buffer(name, value)
-        self.backbone = model.backbone
+        self.backbone: Backbone = model.backbone
         with torch.no_grad():
             features = model.backbone(torch.full((1, 3, *self.size), 0.5, device=model.device))
-        self.flows = nn.ModuleList(
+        self.flows: nn.ModuleList = nn.ModuleList(
             ExportedFlow(model.flow(level), (maps.shape[2], maps.shape[3])) for level, maps in enumerate(features)
         )
         self.requires_grad_(False)
         self.eval()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Scores images [B, 3, H, W] float32, RGB in [0, 1].
+        """Score images [B, 3, H, W] float32, RGB in [0, 1].
 
         Returns:
             `anomaly_map` [B, H, W] float32, `image_score` [B] float32, `image_side` [B] uint8 and `decision`
@@ -163,8 +164,9 @@ class ExportedDetector(nn.Module):
         """
         levels = [flow(maps) for flow, maps in zip(self.flows, self.backbone(images), strict=True)]
         anomaly_map = self._anomaly_map(levels)
-        # Not `>`: NaN must not pass for normal. Few runtimes add 8-bit integers.
+        # Not `>`, which would make NaN normal.
         beyond_b_n, beyond_b_a = ~(anomaly_map <= self.normal_edge), ~(anomaly_map <= self.anomalous_edge)
+        # In 32 bits, since few runtimes add 8-bit integers.
         decision = beyond_b_n.to(torch.int32) + beyond_b_a.to(torch.int32)
         return {
             ANOMALY_MAP: anomaly_map,
@@ -175,7 +177,7 @@ class ExportedDetector(nn.Module):
         }
 
     def _anomaly_map(self, levels: list[Tensor]) -> Tensor:
-        """[B, H, W]; see `fastbgad.ops.score_map`."""
+        """Return the anomaly map [B, H, W]; see `fastbgad.ops.score_map`."""
         likelihoods = [torch.exp(lp - self.get_buffer(f"{LEVEL_MAX}{level}")) for level, lp in enumerate(levels)]
         upsampled = [
             interpolate(maps[:, None], size=self.size, mode="bilinear", align_corners=True) for maps in likelihoods
@@ -184,9 +186,9 @@ class ExportedDetector(nn.Module):
 
 
 def scoring_constants(calibration: Calibration, normalizer: float) -> dict[str, Tensor]:
-    """What turns log-likelihoods into scores and sides, by name in the exported graph, each float32 [1, 1, 1].
+    """Return the constants that turn log-likelihoods into scores and sides, by name in the graph, float32 [1, 1, 1].
 
-    The graph keeps them apart from everything else, so that a file can be scored with others.
+    They are buffers of their own in the graph, so that a loader can replace them.
     """
     normal_edge, anomalous_edge = map_thresholds(calibration, normalizer)
     scalars = {"offset": calibration.offset, "normal_edge": normal_edge, "anomalous_edge": anomalous_edge}

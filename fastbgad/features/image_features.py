@@ -1,15 +1,14 @@
-"""The features of a category's images: each image goes through the frozen backbone once, for every run that asks.
+"""The features of a category's images: each image goes through the frozen backbone once, for all runs that share them.
 
-Runs that differ in method, seed or known anomalies share everything but the anomalies they synthesise: for those some
-slots are kept spare.
+Runs that differ in method, seed or known anomalies share all features except those of synthesized anomalies, for which
+there are spare slots.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -17,10 +16,27 @@ from ..backbones import Backbone
 from ..config import CellLabels
 from ..data import Batch, DecodedImages, Sample, stream_batches
 from ..errors import ConfigError
-from .store import FeatureStore, Placement, extract_into
+from .store import FeatureStore, StoreOptions, extract_into
 
 OnImages = Callable[[str, int, int, float], None]
-"""Told a stage ("statistics", "features"), how many of its images are done, of how many, and how many a second."""
+"""Called with the stage ("statistics", "features"), the images done, their total, and the images per second."""
+
+
+@dataclass(frozen=True)
+class ImageReading:
+    """Options of reading images and extracting their features.
+
+    Attributes:
+        batch_size: images that go through the backbone together.
+        workers: threads that decode images.
+        decoded: cache of decoded images; None makes a new one.
+        on_images: called after every batch.
+    """
+
+    batch_size: int = 32
+    workers: int = 2
+    decoded: DecodedImages | None = None
+    on_images: OnImages | None = None
 
 
 class ImageFeatures:
@@ -32,12 +48,8 @@ class ImageFeatures:
         samples: the images that may be asked for; nothing is read yet.
         normals: the images that a backbone which needs it is fitted on.
         spare: slots for images that are not files.
-        device: where training runs.
-        placement, folder, dtype, cell_labels: see `fastbgad.features.FeatureStore`.
-        batch_size: images that go through the backbone together.
-        workers: threads that decode images.
-        decoded: where decoded images are kept.
-        on_images: called after every batch.
+        store: options of the store that holds the features.
+        reading: options of reading images.
     """
 
     def __init__(
@@ -48,25 +60,21 @@ class ImageFeatures:
         normals: Sequence[Sample],
         spare: int = 0,
         *,
-        device: torch.device | str = "cpu",
-        placement: Placement = "auto",
-        folder: str | Path | None = None,
-        dtype: torch.dtype | None = None,
-        cell_labels: CellLabels = "nearest",
-        batch_size: int = 32,
-        workers: int = 2,
-        decoded: DecodedImages | None = None,
-        on_images: OnImages | None = None,
+        store: StoreOptions | None = None,
+        reading: ImageReading | None = None,
     ) -> None:
-        self.backbone, self.image_size = backbone, image_size
-        self.batch_size, self.workers, self.on_images = batch_size, workers, on_images
-        self.decoded = decoded or DecodedImages(image_size)
+        reading = reading or ImageReading()
+        self.backbone = backbone
+        self.image_size = image_size
+        self.batch_size: int = reading.batch_size
+        self.workers: int = reading.workers
+        self.on_images: OnImages | None = reading.on_images
+        self.store: FeatureStore
+        self.decoded: DecodedImages = reading.decoded or DecodedImages(image_size)
         self._slots = {sample: slot for slot, sample in enumerate(dict.fromkeys(samples))}
-        self._there: set[Sample] = set()
-        self.device = torch.device(device)
-        self._store_options: dict[str, Any] = {
-            "device": device, "placement": placement, "folder": folder, "dtype": dtype, "cell_labels": cell_labels
-        }  # fmt: skip
+        self._stored: set[Sample] = set()
+        self._store_options = store or StoreOptions()
+        self.device: torch.device = torch.device(self._store_options.device)
         self.store = self._new_store(spare)
         if backbone.needs_fit:
             self._learn_statistics(normals)
@@ -77,7 +85,7 @@ class ImageFeatures:
         return range(len(self._slots), self.store.slots)
 
     def reserve(self, spare: int) -> None:
-        """Makes room for at least so many images that are not files; features of files are kept."""
+        """Make room for at least so many images that are not files; features of files are kept."""
         if spare > len(self.spare):
             old, self.store = self.store, self._new_store(spare)
             self.store.copy_from(old, len(self._slots))
@@ -87,9 +95,9 @@ class ImageFeatures:
     def _learn_statistics(self, normals: Sequence[Sample]) -> None:
         """Fit the backbone on normal images.
 
-        Where the store holds them all in their own precision, their features are kept as they are seen and standardized
-        there, so that each image goes through the network once. In another one they would be rounded otherwise than
-        those of later images: they are extracted again.
+        Where the store holds them all in the precision of the features, these are stored at once and standardized in
+        the store, so that each image goes through the network once. In another precision they would be rounded in
+        another way than those of later images: they are extracted again.
         """
         keep = all(sample in self._slots for sample in normals)
 
@@ -105,35 +113,35 @@ class ImageFeatures:
         self.backbone.fit_features(features())
         if keep:
             self.store.change(self.slots(normals), self.backbone.standardize_level)
-            self._there.update(normals)
+            self._stored.update(normals)
 
     def _new_store(self, spare: int) -> FeatureStore:
-        return FeatureStore(self.backbone, self.image_size, len(self._slots) + spare, **self._store_options)
+        return FeatureStore(self.backbone, self.image_size, len(self._slots) + spare, self._store_options)
 
     def check(self, backbone: Backbone, image_size: tuple[int, int], cell_labels: CellLabels, spare: int) -> None:
-        """Raises `ConfigError` unless these features serve a run with this backbone, size, labels and synthesis."""
+        """Raise `ConfigError` unless these features serve a run with this backbone, size, labels and synthesis."""
         if backbone is not self.backbone or image_size != self.image_size or cell_labels != self.store.cell_labels:
             raise ConfigError("the features belong to another backbone, image size or kind of cell labels than the run")
         if spare > len(self.spare):
-            raise ConfigError(f"the features have {len(self.spare)} spare slots but the run synthesises {spare} images")
+            raise ConfigError(f"the features have {len(self.spare)} spare slots but the run synthesizes {spare} images")
 
     def slots(self, samples: Sequence[Sample]) -> list[int]:
-        """Where the features of these images are in the store; `extract` must have been told of them."""
+        """Return the slots of these images, which are among `samples`."""
         return [self._slots[sample] for sample in samples]
 
     def extract(self, samples: Sequence[Sample]) -> None:
-        """Extracts the features of these images that are not there yet. Raises `DataError` and `FeatureError`."""
-        missing = [sample for sample in dict.fromkeys(samples) if sample not in self._there]
+        """Extract the features of these images, unless they are stored already; raise `DataError` or `FeatureError`."""
+        missing = [sample for sample in dict.fromkeys(samples) if sample not in self._stored]
 
         def batches() -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor]]:
             for batch in self._batches(missing, "features"):
                 yield self.slots(batch.samples), batch.images, batch.masks
 
         extract_into(self.store, self.backbone, batches())
-        self._there.update(missing)
+        self._stored.update(missing)
 
     def close(self) -> None:
-        """Frees what the store keeps on disk."""
+        """Free what the store keeps on disk."""
         self.store.close()
 
     def _batches(self, samples: Sequence[Sample], stage: str) -> Iterator[Batch]:

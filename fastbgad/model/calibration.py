@@ -1,4 +1,4 @@
-"""What calibration needs: log-likelihoods of normal images, from their files or from features that were kept."""
+"""Calibration of a model from normal images, read from their files or from stored features."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def calibrate_model(
     workers: int = 2,
     on_images: Callable[[int], None] | None = None,
 ) -> None:
-    """Gives the model the constants of `fastbgad.model.scoring.calibrate`, as training does at its end.
+    """Calibrate a model on normal images, as training does at its end.
 
     Args:
         model: calibrated in place; what it had before is replaced.
@@ -86,7 +86,7 @@ def calibration_of(model: BGAD, levels: Sequence[Tensor], config: TrainConfig) -
 
 @torch.inference_mode()
 def stored_log_likelihoods(model: BGAD, store: FeatureStore, slots: Sequence[int], batch_size: int) -> list[Tensor]:
-    """Per level lp [n, h_l, w_l] of images whose features were kept, `batch_size` at a time."""
+    """Return per level lp [n, h_l, w_l] of images whose features are stored, `batch_size` at a time."""
     parts = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
     dtype = compute_dtype(store.levels[0])
     levels = []

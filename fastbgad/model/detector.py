@@ -1,4 +1,4 @@
-"""The detector: a frozen backbone, one flow per feature level, and what turns log-likelihoods into decisions."""
+"""The detector: a frozen backbone, one flow per feature level, and the constants of its decisions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .scoring import Calibration, map_thresholds, patch_sides, sides
 
 
 class Prediction(NamedTuple):
-    """What the detector says about a batch of images. Sides: 0 normal, 1 in the margin, 2 beyond the boundary b_a."""
+    """Prediction for a batch of images. Sides: 0 normal, 1 in the margin, 2 beyond the boundary b_a."""
 
     image_score: Tensor  # [B] float32, the maximum of the anomaly map
     image_side: Tensor  # [B] uint8, the side of the image score
@@ -66,11 +66,11 @@ class BGAD(nn.Module):
         super().__init__()
         matmul_precision = renamed_precision(matmul_precision, precision)
         self.backbone = backbone
-        self.image_size = (int(image_size[0]), int(image_size[1]))
-        self.flow_config = flow or FlowConfig()
+        self.image_size: tuple[int, int] = (int(image_size[0]), int(image_size[1]))
+        self.flow_config: FlowConfig = flow or FlowConfig()
         self.normalizer = normalizer
         self.impl: Impl = impl
-        self.flows = nn.ModuleList(
+        self.flows: nn.ModuleList = nn.ModuleList(
             ConditionalFlow(
                 self.flow_config.spec(channels),
                 seed=None if seed is None else 1000 * seed + level,
@@ -87,26 +87,26 @@ class BGAD(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the flows live."""
+        """The device of the flows."""
         return self.level_max.device
 
     @property
     def calibrated(self) -> bool:
-        """Whether the model knows its calibration constants and boundaries."""
+        """True if the model has calibration constants and boundaries."""
         return not bool(torch.isnan(self.offset))
 
     def flow(self, level: int) -> ConditionalFlow:
-        """The flow of a level."""
+        """Return the flow of a level."""
         return cast(ConditionalFlow, self.flows[level])
 
     def set_calibration(self, calibration: Calibration) -> None:
-        """Stores the constants of `fastbgad.model.scoring.calibrate` as part of the model."""
+        """Store the constants of `fastbgad.model.scoring.calibrate` as part of the model."""
         self.level_max.copy_(calibration.level_max)
         self.offset.copy_(calibration.offset)
         self.boundaries.copy_(calibration.boundaries)
 
     def calibration(self) -> Calibration:
-        """The constants that turn log-likelihoods into scores; raises `FeatureError` if there are none."""
+        """Return the constants that turn log-likelihoods into scores; raise `FeatureError` if there are none."""
         if not self.calibrated:
             raise FeatureError(
                 "this model has no calibration: if it was converted, convert it again with normal images (`fastbgad "
@@ -116,12 +116,12 @@ class BGAD(nn.Module):
         return Calibration(self.level_max, self.offset, self.boundaries)
 
     def thresholds(self) -> tuple[float, float]:
-        """The anomaly-map scores that correspond to b_n and to b_a at every level."""
+        """Return the anomaly-map scores that correspond to b_n and to b_a at every level."""
         b_n, b_a = map_thresholds(self.calibration(), self.normalizer).tolist()
         return b_n, b_a
 
     def forward(self, images: Tensor, *, impl: Impl | None = None) -> list[Tensor]:
-        """Log-likelihood maps, per level [B, h_l, w_l] float32, of images [B, 3, H, W] (uint8, or float in [0, 1])."""
+        """Return log-likelihoods, per level [B, h_l, w_l] float32, of images [B, 3, H, W] uint8 or float in [0, 1]."""
         if images.shape[-2:] != self.image_size:
             height, width = self.image_size
             raise FeatureError(
@@ -134,7 +134,7 @@ class BGAD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, images: Tensor, *, impl: Impl | None = None) -> Prediction:
-        """Scores images and says on which side of the explicit boundary they, their pixels and their patches lie.
+        """Score images and decide on which side of the explicit boundary they, their pixels and their patches lie.
 
         An image scores the same alone or in any batch: all constants come from the training normals.
 
@@ -155,7 +155,7 @@ class BGAD(nn.Module):
     def decide(
         self, levels: Sequence[Tensor], *, calibration: Calibration | None = None, impl: Impl | None = None
     ) -> Prediction:
-        """The second half of `predict`: scores and sides from log-likelihood maps, as the model itself returns them.
+        """Return scores and sides from the log-likelihood maps that the model returns: the second half of `predict`.
 
         Args:
             levels: per level lp [B, h_l, w_l] float32, on the model's device.
@@ -188,7 +188,7 @@ class BGAD(nn.Module):
         )
 
     def architecture(self) -> dict[str, Any]:
-        """Everything about the model that is not a tensor, for JSON."""
+        """Return everything about the model that is not a tensor, for JSON."""
         return {
             "backbone": self.backbone.config(),
             "flow": asdict(self.flow_config),
@@ -199,7 +199,7 @@ class BGAD(nn.Module):
     def save(
         self, path: str | Path, history: Mapping[str, Any] | None = None, *, allow_uncalibrated: bool = False
     ) -> None:
-        """Writes the whole detector, backbone included, to one file, atomically.
+        """Write the whole detector, backbone included, to one file, atomically.
 
         Args:
             path: usually `model.safetensors`.
@@ -227,7 +227,7 @@ class BGAD(nn.Module):
         matmul_precision: MatmulPrecision = "auto",
         precision: MatmulPrecision | None = None,
     ) -> BGAD:
-        """Reads a detector that `save` wrote. Needs no download: the backbone's weights are in the file.
+        """Read a detector that `save` wrote. Needs no download: the backbone's weights are in the file.
 
         Its flows are frozen for inference (`ConditionalFlow.freeze`).
 
@@ -241,7 +241,7 @@ class BGAD(nn.Module):
             backbone_config = dict(architecture["backbone"])
             if backbone_config["name"] != "gabor":
                 backbone_config["weights"] = "random"  # overwritten below
-                # models of before there was a choice
+                # models of versions without these options
                 backbone_config.setdefault("standardize", "none")
                 backbone_config.setdefault("neighborhood", 1)
             model = cls(

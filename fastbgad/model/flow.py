@@ -28,21 +28,21 @@ class CouplingLayer(nn.Module):
         channels = spec.channels
         # The parameter whose activation is 1, as FrEIA starts with global_affine_init = 1.
         start = {"SOFTPLUS": 2 * math.log(math.expm1(5)), "SIGMOID": 2 - math.log(9), "EXP": 0.0}[spec.global_affine]
-        self.global_scale = nn.Parameter(torch.full((1, channels), start))
-        self.global_offset = nn.Parameter(torch.zeros(1, channels))
+        self.global_scale: nn.Parameter = nn.Parameter(torch.full((1, channels), start))
+        self.global_offset: nn.Parameter = nn.Parameter(torch.zeros(1, channels))
         draw = _random_permutation if spec.hard_permutation else _random_rotation
         # Contiguous: a QR decomposition leaves its columns side by side, and the kernels read rows.
         w_perm = torch.eye(channels) if generator is None else draw(channels, generator).float().contiguous()
         self.w_perm = nn.Parameter(w_perm, requires_grad=False)
-        self.w_perm_inv = nn.Parameter(w_perm.T.contiguous(), requires_grad=False)
-        self.subnet = nn.Sequential(
+        self.w_perm_inv: nn.Parameter = nn.Parameter(w_perm.T.contiguous(), requires_grad=False)
+        self.subnet: nn.Sequential = nn.Sequential(
             _linear(spec.passive_channels + spec.condition_channels, spec.hidden_channels, generator),
             nn.ReLU(),
             _linear(spec.hidden_channels, 2 * spec.active_channels, generator),
         )
 
     def weights(self) -> CouplingWeights:
-        """The layer's tensors as the operations want them."""
+        """Return the layer's tensors as the operations want them."""
         first, second = cast(nn.Linear, self.subnet[0]), cast(nn.Linear, self.subnet[2])
         scale, offset = self.global_scale.squeeze(0), self.global_offset.squeeze(0)
         return CouplingWeights(first.weight, first.bias, second.weight, second.bias, scale, offset, self.w_perm)
@@ -75,7 +75,9 @@ class ConditionalFlow(nn.Module):
         self.impl: Impl = impl
         self.matmul_precision: MatmulPrecision = renamed_precision(matmul_precision, precision)
         self._prepared: PreparedWeights | None = None
-        self.module_list = nn.ModuleList(CouplingLayer(spec, generator) for _ in range(spec.coupling_layers))
+        self.module_list: nn.ModuleList = nn.ModuleList(
+            CouplingLayer(spec, generator) for _ in range(spec.coupling_layers)
+        )
 
     @property
     def precision(self) -> MatmulPrecision:
@@ -87,7 +89,7 @@ class ConditionalFlow(nn.Module):
         self.matmul_precision = renamed_precision("auto", value)
 
     def weights(self) -> list[CouplingWeights]:
-        """The tensors of every coupling layer."""
+        """Return the tensors of every coupling layer."""
         return [cast(CouplingLayer, layer).weights() for layer in self.module_list]
 
     def forward(
@@ -99,7 +101,7 @@ class ConditionalFlow(nn.Module):
         return_z: bool = False,
         impl: Impl | None = None,
     ) -> FlowOutput:
-        """Log-likelihood per dimension, log-determinant and, if asked, the latent of N rows; see `ops.flow_forward`."""
+        """Return the log-likelihood per dimension, the log-determinant and, with `return_z`, the latent of N rows."""
         kind, layers, pack = impl or self.impl, self.weights(), None
         if self._prepared is not None:
             pack = self._prepared.get(self.spec, layers, x, condition, kind, self.matmul_precision)
@@ -116,12 +118,12 @@ class ConditionalFlow(nn.Module):
         )
 
     def freeze(self) -> ConditionalFlow:
-        """For inference: the form of the weights that is computed with is made once and kept, not made at every call.
+        """Prepare the weights for inference once, instead of at every call. Return self.
 
-        Weights that change afterwards are noticed where PyTorch counts changes (optimisers, `load_state_dict`, in-place
-        operations), and packed again; what writes behind its back (`parameter.data`, a CUDA graph) needs another
-        `freeze`. A CUDA graph that a user captures of this flow goes on computing with the weights that were kept when
-        it was captured. Gradients and the reference are not affected. Returns self.
+        Weights that change later are prepared again where PyTorch counts the change (optimizers, `load_state_dict`,
+        in-place operations); after changes that it does not see (`parameter.data`, a CUDA graph) call `freeze` again. A
+        CUDA graph that a user captures of this flow uses the weights that were prepared when it was captured. Gradients
+        and the reference are not affected.
         """
         if self._prepared is None:
             self._prepared = PreparedWeights()
@@ -129,17 +131,17 @@ class ConditionalFlow(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConditionalFlow:
-        """Another device or type: what was packed belongs to the tensors that are replaced here."""
+        """Drop the prepared weights, since they belong to the tensors that are replaced here."""
         if self._prepared is not None:
             self._prepared.clear()
         return super()._apply(fn, recurse)
 
     def inverse(self, z: Tensor, condition: PositionalRows | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
+        """Return x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
         return flow_inverse(z, self.weights(), self.spec, condition)
 
     def log_likelihood_map(self, features: Tensor, *, impl: Impl | None = None) -> Tensor:
-        """lp of every patch of a level: [B, C, h, w] features to [B, h, w]."""
+        """Return lp [B, h, w] of every patch of a level, from features [B, C, h, w]."""
         batch, channels, height, width = features.shape
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels)
         condition = (
@@ -154,7 +156,7 @@ class ConditionalFlow(nn.Module):
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer with torch's usual initial distribution, U(-1/sqrt(inputs), 1/sqrt(inputs)), or with zeros."""
+    """Return a linear layer drawn from U(-1/sqrt(inputs), 1/sqrt(inputs)), torch's usual distribution, or of zeros."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     bound = 1 / math.sqrt(inputs)
     with torch.no_grad():
@@ -167,7 +169,7 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
 
 
 def _random_rotation(channels: int, generator: torch.Generator) -> Tensor:
-    """A rotation drawn uniformly from SO(C), float64 [C, C]: QR of a Gaussian matrix (Mezzadri, 2007)."""
+    """Return a rotation drawn uniformly from SO(C), float64 [C, C]: QR of a Gaussian matrix (Mezzadri, 2007)."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=generator))
     q = q * torch.sign(torch.diagonal(r))
     if torch.linalg.det(q) < 0:
@@ -176,5 +178,5 @@ def _random_rotation(channels: int, generator: torch.Generator) -> Tensor:
 
 
 def _random_permutation(channels: int, generator: torch.Generator) -> Tensor:
-    """A random permutation matrix, float64 [C, C]."""
+    """Return a random permutation matrix, float64 [C, C]."""
     return torch.eye(channels, dtype=torch.float64)[torch.randperm(channels, generator=generator)]

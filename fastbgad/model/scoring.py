@@ -7,7 +7,7 @@ set*, so an image's score changes with the images tested beside it. Here the con
 and belong to the model; the official calibration is the named alternative `official_anomaly_maps`.
 
 The weights are proportional to the levels' channels (`level_weights`), where the official code has equal ones: lp is a
-mean over channels, and the levels with more of them tell more. The weights need no place of their own:
+mean over channels, and the levels with more of them tell more. The weights are not stored separately:
 w * exp(lp - m) = exp(lp - (m - log w)).
 """
 
@@ -23,9 +23,12 @@ from torch import Tensor
 from ..config import LevelWeights
 from ..ops import Impl, boundary, score_map
 
+DECISIONS = ("normal", "margin", "anomalous")
+"""Names of the sides 0, 1 and 2 of the boundary."""
+
 
 class Calibration(NamedTuple):
-    """What turns log-likelihoods into scores and decisions; all from training normals."""
+    """The constants that turn log-likelihoods into scores and decisions, all from training normals."""
 
     level_max: Tensor  # [L], the largest lp of a training normal at each level, less the logarithm of its weight
     offset: Tensor  # scalar, the largest weighted sum of likelihoods of a training normal's map
@@ -48,7 +51,7 @@ def calibrate(
     normalizer: float,
     weights: Sequence[float] | None = None,
 ) -> Calibration:
-    """The constants of a trained model, from its training normals' log-likelihoods.
+    """Return the constants of a trained model, from its training normals' log-likelihoods.
 
     Args:
         levels: of all training normals.
@@ -72,7 +75,7 @@ def calibrate(
 
 
 def map_thresholds(calibration: Calibration, normalizer: float) -> Tensor:
-    """The scores [2] of a pixel that lies on b_n, and on b_a, at every level at once.
+    """Return the scores [2] of a pixel that lies on b_n, and on b_a, at every level at once.
 
         threshold(b) = offset - sum over levels of w_l * exp(normalizer * b_l - m_l)
 
@@ -83,7 +86,7 @@ def map_thresholds(calibration: Calibration, normalizer: float) -> Tensor:
 
 
 def sides(values: Tensor, normal_edge: Tensor | float, anomalous_edge: Tensor | float) -> Tensor:
-    """On which side of the boundary scores lie, uint8: 0 normal, 1 in the margin, 2 beyond the anomalous boundary.
+    """Return the side of the boundary of scores, uint8: 0 normal, 1 in the margin, 2 beyond the anomalous boundary.
 
     `values` and edges are scores: higher is more anomalous.
     """
@@ -91,7 +94,7 @@ def sides(values: Tensor, normal_edge: Tensor | float, anomalous_edge: Tensor | 
 
 
 def patch_sides(levels: Sequence[Tensor], boundaries: Tensor, normalizer: float) -> tuple[Tensor, ...]:
-    """The side of every patch of every level, uint8 [B, h_l, w_l], by its own level's b_n and b_a."""
+    """Return the side of every patch of every level, uint8 [B, h_l, w_l], by its own level's b_n and b_a."""
     return tuple(
         sides(-lp / normalizer, -b_n, -b_a) for lp, (b_n, b_a) in zip(levels, boundaries.unbind(0), strict=True)
     )
@@ -103,7 +106,7 @@ def official_anomaly_maps(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The anomaly maps [n, H, W] of a whole test set with the official calibration.
+    """Return the anomaly maps [n, H, W] of a whole test set with the official calibration.
 
     Each level's maximum and the maximum of the sum are taken over the set given, so scores of different sets do not
     compare. Source: the official BGAD.

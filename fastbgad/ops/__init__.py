@@ -1,9 +1,4 @@
-"""One dispatcher per operation: check the input, choose the implementation, call it.
-
-`impl="auto"` takes the fastest implementation for the given tensors: "triton", the kernels, for CUDA tensors; else
-"native", compiled C++, for the flow if there is a compiler; else "torch", the portable fast path. "reference" is what
-the others are tested against. An explicit choice never falls back silently.
-"""
+"""One dispatcher per operation, which checks its input and calls a backend; see `dispatch` for `impl`."""
 
 from .boundary.dispatcher import Boundary, boundary
 from .debug import debug_checks

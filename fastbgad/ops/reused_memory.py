@@ -28,7 +28,7 @@ class Block:
         reused = like.device.type == "cpu" and type(like) is Tensor and not torch.compiler.is_compiling()
         idle = _take(numel, dtype) if reused else None
         with torch.inference_mode(False):  # reused memory must be writable outside of inference mode too
-            self.tensor = like.new_empty(numel, dtype=dtype) if idle is None else idle
+            self.tensor: Tensor = like.new_empty(numel, dtype=dtype) if idle is None else idle
         if reused:
             weakref.finalize(self, _give_back, self.tensor).atexit = False
 

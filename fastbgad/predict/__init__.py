@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from .local import find_images, predict_files
+from .local import MapFormat, PredictionSummary, find_images, predict_files
 
 __all__ = [
+    "MapFormat",
+    "PredictionSummary",
     "find_images",
     "predict_files",
 ]

@@ -1,4 +1,4 @@
-"""Lists of images: found one by one in a stable order, and kept in a file that millions of names fit into."""
+"""Lists of images: found one by one in a stable order, and stored in a file that millions of names fit into."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import IMAGE_SUFFIXES
+from ..data.images import IMAGE_SUFFIXES
 from ..errors import DataError, OutputError
 from ..system.files import atomic_path
 
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class WrittenList:
-    """What `write_list` wrote."""
+    """The result of `write_list`."""
 
     count: int
     sha256: str
@@ -40,9 +40,9 @@ class WrittenList:
 
 
 def iterate_images(patterns: Sequence[str | Path], leave_out: str | Path | None = None) -> Iterator[str]:
-    """The images that files, folders (searched recursively) and globs name, each once, in a stable order.
+    """Yield the images that files, folders (searched recursively) and globs name, each once, in a stable order.
 
-    Folders are read one after the other as the iteration goes on, so the memory grows with the largest of them only.
+    Folders are read one after the other during the iteration, so memory only grows with the largest of them.
     Links to folders are not followed, and folders without the right to read are passed over.
 
     Args:
@@ -58,15 +58,15 @@ def iterate_images(patterns: Sequence[str | Path], leave_out: str | Path | None 
     # One folder cannot name an image twice, so nothing need be remembered.
     seen: set[str] | None = set() if len(patterns) > 1 else None
     for pattern in patterns:
-        found = False
+        matched = False
         for path in _matching(pattern, forbidden):
-            found = True
+            matched = True
             if seen is not None:
                 if path in seen:
                     continue
                 seen.add(path)
             yield path
-        if not found:
+        if not matched:
             if os.path.isdir(pattern):
                 suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
                 raise DataError(f"the folder {Path(pattern)} holds no images ({suffixes})")
@@ -74,7 +74,7 @@ def iterate_images(patterns: Sequence[str | Path], leave_out: str | Path | None 
 
 
 def write_list(target: str | Path, images: Iterable[str], part_size: int) -> WrittenList:
-    """Writes names to a file, atomically and as they come, and says where its parts of `part_size` names begin.
+    """Write names to a file, atomically and as they come; return where its parts of `part_size` names begin.
 
     Raises:
         OutputError: the file cannot be written.
@@ -99,7 +99,7 @@ def write_list(target: str | Path, images: Iterable[str], part_size: int) -> Wri
 
 
 def read_part(path: str | Path, part: Part) -> list[Path]:
-    """The names of one part of a list.
+    """Return the names of one part of a list.
 
     Raises:
         OutputError: the file is missing or shorter than it was written.
@@ -130,7 +130,7 @@ def _matching(pattern: str | Path, forbidden: str | None) -> Iterator[str]:
 
 
 def _below(folder: str, prefix: str, forbidden: str | None) -> Iterator[str]:
-    """Images below a folder, sorted by the parts of their paths."""
+    """Yield the images below a folder, sorted by the parts of their paths."""
     if forbidden is not None and os.path.abspath(folder) == forbidden:
         return
     try:

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..data import read_image, resize_image
-from ..errors import ConfigError, DataError, OutputError
+from ..errors import ConfigError, DataError, OutputError, check_choice
 from ..model.detector import BGAD, Prediction
+from ..model.scoring import DECISIONS
 from ..render.plots import decision_contour, heat_overlay
 from ..system.files import make_folder, write_json, write_with
 from .image_list import iterate_images
@@ -31,7 +32,6 @@ MapFormat = Literal["overlay", "png16", "npy", "none"]
 CSV_FILE = "scores.csv"
 SCALE_FILE = "maps.json"
 COLUMNS = ("image", "score", "decision", "anomalous_area", "map", "error")
-DECISIONS = ("normal", "margin", "anomalous")
 
 # A temporary file's name is longer than its target's, and file systems allow 255 bytes.
 _LONGEST_NAME = 200
@@ -39,7 +39,7 @@ _LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class PredictionSummary:
-    """What a call of `predict_files` did."""
+    """The result of `predict_files`."""
 
     scored: int
     skipped: int  # already in the CSV of an earlier call
@@ -47,7 +47,7 @@ class PredictionSummary:
 
 
 def find_images(patterns: Sequence[str | Path]) -> list[Path]:
-    """The images that files, folders (searched recursively) and globs name, each once, in a stable order.
+    """Return the images that files, folders (searched recursively) and globs name, each once, in a stable order.
 
     Raises:
         DataError: a name that matches nothing, or a folder without images.
@@ -66,10 +66,10 @@ def predict_files(
     workers: int = 2,
     on_images: Callable[[int], None] | None = None,
 ) -> PredictionSummary:
-    """Scores image files and writes `scores.csv` and one map per image.
+    """Score image files; write `scores.csv` and one map per image.
 
-    A CSV line is written and flushed as soon as its batch is done, after the maps it names, so whatever happens the
-    CSV tells only of finished images. An image that cannot be read gets a line with its error; the others go on.
+    A CSV line is written and flushed as soon as its batch is done, after the maps it names, so the CSV only ever lists
+    finished images. An image that cannot be read gets a line with its error; the others are scored.
 
     Args:
         model: a trained model.
@@ -109,9 +109,8 @@ def predict_files(
 
 
 def check_options(maps: str, batch_size: int, workers: int) -> None:
-    """Raises `ConfigError` for an unknown format of maps, a batch size or a number of threads below 1."""
-    if maps not in get_args(MapFormat):
-        raise ConfigError(f"maps is {maps!r}; choose one of {', '.join(get_args(MapFormat))}")
+    """Raise `ConfigError` for an unknown format of maps, a batch size or a number of threads below 1."""
+    check_choice("maps", maps, MapFormat)
     if batch_size < 1 or workers < 1:
         raise ConfigError(f"batch_size is {batch_size} and workers {workers}; both must be at least 1")
 
@@ -126,7 +125,7 @@ def score_images(
     batch_size: int,
     workers: int,
 ) -> Iterator[list[list[str]]]:
-    """Scores images and writes their maps; yields the CSV lines (`COLUMNS`) of a batch once its maps are written.
+    """Score images and write their maps; yield the CSV lines (`COLUMNS`) of a batch once its maps are written.
 
     While the model works on a batch, `workers` threads decode the next one and write the maps of the last one, so at
     most three batches of decoded images are in memory.
@@ -159,13 +158,13 @@ def score_images(
 
 
 def write_scale(folder: Path, model: BGAD) -> None:
-    """Writes `maps.json`: how the values of "png16" maps become scores again."""
+    """Write `maps.json`: how the values of "png16" maps become scores again."""
     low, high = _map_range(model)
     write_json(folder / SCALE_FILE, {"score": "low + (high - low) * value / 65535", "low": low, "high": high})
 
 
 def csv_bytes(lines: Sequence[Sequence[str]]) -> bytes:
-    """CSV lines in UTF-8; a file name that is not UTF-8 keeps its bytes."""
+    """Return CSV lines in UTF-8; a file name that is not UTF-8 keeps its bytes."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue().encode(errors="surrogateescape")
@@ -174,7 +173,7 @@ def csv_bytes(lines: Sequence[Sequence[str]]) -> bytes:
 def _batches(
     paths: Sequence[Path], batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[Path, np.ndarray | DataError]]]:
-    """Decoded images, one batch ahead of the model; an unreadable image is its error."""
+    """Yield batches of decoded images, one batch ahead of the model, with errors for unreadable images."""
 
     def read(path: Path) -> np.ndarray | DataError:
         try:
@@ -209,7 +208,7 @@ def _write_map(
     i: int,
     scale: tuple[float, float],
 ) -> str:
-    """Writes one map and returns its path within the folder, "" for none."""
+    """Write one map and return its path within the folder, "" for none."""
     if kind == "none":
         return ""
     anomaly_map, decision = prediction.anomaly_map[i].numpy(), prediction.decision[i].numpy()
@@ -231,15 +230,14 @@ def _write_map(
 
 
 def _map_range(model: BGAD) -> tuple[float, float]:
-    """The scores at both ends of a map's scale: 0 and the highest possible, the calibration's offset."""
+    """Return the scores at both ends of a map's scale: 0 and the highest possible one, the calibration's offset."""
     return 0.0, max(float(model.offset), 1e-6)
 
 
 def map_names(images: Sequence[Path]) -> dict[Path, str]:
-    """A file name per image, no two alike: its stem, or its whole path, separators replaced, where stems collide.
+    """Return a unique file name per image: its stem, or its path with separators replaced where stems collide.
 
-    Where that is not unique either (a.png beside a.jpg), or too long for a file system, a digest of the path stands at
-    the end.
+    Where that is not unique either (a.png beside a.jpg), or too long for a file system, the name ends in a digest.
     """
     stems = Counter(path.stem for path in images)
     names = {path: path.stem if stems[path.stem] == 1 else _joined(path) for path in images}
@@ -255,7 +253,7 @@ def _joined(path: Path) -> str:
 
 
 def _finished(table: Path) -> set[str]:
-    """The images that an earlier call finished; a last line cut short by a crash does not count."""
+    """Return the images that an earlier call finished; a last line cut short by a crash does not count."""
     if not table.exists():
         return set()
     with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -275,7 +273,7 @@ def _to_cpu(prediction: Prediction) -> Prediction:
 
 
 class _CsvWriter:
-    """Appends whole lines, flushed, so that a reader (or a crash) never finds half of one but at the very end."""
+    """A CSV file that lines are appended to, whole and flushed: only the last one can be cut short by a crash."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,12 +1,12 @@
 """Scores for millions of images: shards of a list, spread over workers and machines by Ray Data.
 
-A shard is the unit of everything: of work (one row of the dataset), of output (one file, written whole) and of retrying
-(a worker that dies costs the shard in its hands and nothing else). Only the numbers of shards travel through Ray.
+A shard is the unit of work (one row of the dataset), of output (one file, written whole) and of retrying: a worker that
+crashes loses the shard that it works on and nothing else. Only the numbers of shards travel through Ray.
 
-Decoding is no Ray Data stage of its own: pixels would go through the object store, the full-size image too, which the
-overlay is drawn on, and a shard's images would meet only in a further stage. Instead a worker's threads decode the next
-batch and write the last one's maps while its model works, with the code of the local engine, so that both engines give
-the same numbers. The memory is that of one model and three batches per worker, however many images there are.
+Decoding is not a Ray Data stage: pixels would go through the object store, the full-size image of an overlay too, and
+a shard's images would be collected only in a further stage. Instead a worker's threads decode the next batch and write
+the last one's maps while its model works, with the code of the local engine, so that both engines give the same
+numbers. The memory is that of one model and three batches per worker, however many images there are.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..errors import (
 from ..model.detector import BGAD
 from ..system.environment import choose_device
 from ..system.files import sha256
+from ..wording import bullets, count, first_line
 from .image_list import Part
 from .local import MapFormat, check_options, map_names, score_images, write_scale
 from .ray_session import ray_session, require_ray
@@ -41,7 +42,7 @@ from .shards import ShardedRun, ShardFolder, open_run
 
 DEFAULT_SHARD_SIZE = 1000
 ATTEMPTS = 3
-"""How many workers may die of a shard before it is left alone."""
+"""Workers that a shard may crash before it is given up."""
 
 _SHOWN = 20  # messages per shard, and in total
 _ERRORS = {
@@ -51,13 +52,13 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker must know."""
+    """The part of a run that every worker is given."""
 
     model: Path
     model_sha256: str
     folder: ShardFolder
     working_folder: Path
-    """That relative names of images start from."""
+    """The folder that relative names of images start from."""
     maps: MapFormat
     batch_size: int
     workers: int
@@ -73,7 +74,7 @@ class RayRun:
 
 @dataclass(frozen=True)
 class RaySummary:
-    """What a call of `predict_with_ray` did."""
+    """The result of `predict_with_ray`."""
 
     scored: int
     skipped: int  # done by an earlier call
@@ -92,15 +93,15 @@ def open_ray_run(
     batch_size: int = 8,
     workers: int = 2,
 ) -> RayRun:
-    """Checks model and options, lists the images and prepares the run folder; Ray is not started.
+    """Check model and options, list the images and prepare the run folder; Ray is not started.
 
     Args:
         model: file of a trained model, to be found at this path by every worker.
         patterns: files, folders and globs, as for `find_images`; the same on every machine.
         out: run folder, see `fastbgad.predict.shards`; on several machines a shared one.
         maps: see `predict_files`; those of a shard are in a folder of their own.
-        resume: go on with the run in `out`.
-        shard_size: images per shard: what a lost worker costs at most.
+        resume: continue the run in `out`.
+        shard_size: images per shard, which a crashed worker loses at most.
         batch_size: images that go through the model together.
         workers: threads of each Ray worker that decode images and write maps.
 
@@ -130,7 +131,7 @@ def predict_with_ray(
     gpus_per_worker: float = 1.0,
     on_images: Callable[[int], None] | None = None,
 ) -> RaySummary:
-    """Scores what is missing in a run folder and joins its shards into `scores.csv`.
+    """Score the images that a run folder lacks and join its shards into `scores.csv`.
 
     Args:
         ray_run: from `open_ray_run`.
@@ -141,9 +142,9 @@ def predict_with_ray(
         on_images: called with the number of images of every finished shard.
 
     Raises:
-        ConfigError: the device is not to be had, or an option makes no sense.
-        BackendError: Ray does not start, gives up, or a shard has cost several workers their life. Finished shards
-            are kept in every case.
+        ConfigError: the device is not available, or an option has an impossible value.
+        BackendError: Ray does not start, gives up, or a shard crashed several workers. Finished shards are kept in
+            every case.
         CheckpointError, DataError, FeatureError, OutputError: from a worker, as in `predict_files`.
     """
     run = ray_run.run
@@ -158,7 +159,7 @@ def predict_with_ray(
                 if outcome["given_up"]:
                     given_up.append(shard.part)
                     if len(given_up) == ATTEMPTS and len(given_up) + len(waiting) == len(run.waiting):
-                        break  # not one shard has worked: the others would not either
+                        break  # no shard succeeded: the others would not either
                     continue
                 failed += outcome["failed"]
                 messages += outcome["messages"][: _SHOWN - len(messages)]
@@ -171,7 +172,7 @@ def predict_with_ray(
 
 
 class ShardScorer:
-    """The worker: a callable for `map_batches` whose batches are shards and whose one column is JSON."""
+    """A worker: a callable for `map_batches` whose batches are shards and whose one column is JSON."""
 
     def __init__(self, job: Job, device: str) -> None:
         self.job = job
@@ -184,7 +185,7 @@ class ShardScorer:
         return {"outcome": np.array(outcomes, dtype=object)}
 
     def outcome(self, part: Part) -> dict[str, Any]:
-        """Scores a shard. An error that the user must see is returned: Ray would wrap it in its own tracebacks."""
+        """Score a shard. An error that the user must see is returned: Ray would wrap it in its own tracebacks."""
         result: dict[str, Any] = {"number": part.number, "failed": 0, "messages": [], "given_up": False}
         try:
             if self.job.folder.begin(part, f"{socket.gethostname()} {os.getpid()}") > ATTEMPTS:
@@ -198,7 +199,7 @@ class ShardScorer:
         return {**result, "failed": len(errors), "messages": errors[:_SHOWN]}
 
     def score(self, part: Part) -> list[list[str]]:
-        """Scores what a shard lacks, writes its file and returns all its lines."""
+        """Score the images that a shard lacks, write its file and return all its lines."""
         job, folder = self.job, self.job.folder
         images = folder.names(part)
         if not all(path.is_absolute() for path in images):
@@ -222,8 +223,8 @@ class ShardScorer:
         return lines
 
     def _loaded(self) -> BGAD:
-        # Not in the constructor: a worker that dies while it loads the model has then begun a shard, and shards count
-        # their dead. Ray would start workers for ever.
+        # Not in the constructor: a worker that crashes while it loads the model must have begun a shard, whose attempts
+        # are counted; otherwise Ray would start workers for ever.
         if self.model is None:
             model = BGAD.load(self.job.model, device=choose_device(self.device))
             if sha256(self.job.model) != self.job.model_sha256:
@@ -253,7 +254,7 @@ class _Pool:
 
 def _check(device: str, ray_workers: int | None, gpus_per_worker: float) -> None:
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"the device is {device!r}; with Ray give auto, cpu or cuda: Ray chooses which GPU is whose")
+        raise ConfigError(f"the device is {device!r}; with Ray give auto, cpu or cuda: Ray assigns the GPUs")
     if ray_workers is not None and ray_workers < 1:
         raise ConfigError(f"the number of Ray workers is {ray_workers}; it must be at least 1")
     if gpus_per_worker <= 0 or (gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker)):
@@ -276,7 +277,7 @@ def _pool(ray: Any, device: str, ray_workers: int | None, gpus_per_worker: float
 
 
 def _outcomes(ray: Any, job: Job, parts: Sequence[Part], pool: _Pool) -> Iterator[dict[str, Any]]:
-    """What the workers say of each shard, as they finish; raises the errors that they return."""
+    """Yield the workers' outcome of each shard, as they finish; raise the errors that they return."""
     # A block per shard: Ray Data hands out blocks, and tells of a block when all of it is done.
     shards = ray.data.from_items([vars(part) for part in parts], override_num_blocks=len(parts))
     context = shards.context  # a copy of the process's own
@@ -303,9 +304,8 @@ def _outcomes(ray: Any, job: Job, parts: Sequence[Part], pool: _Pool) -> Iterato
     except ray.exceptions.RayTaskError:
         raise  # a bug: its traceback says where
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
         raise BackendError(
-            f"Ray gave up ({reason}); finished shards are kept, --resume goes on with the others"
+            f"Ray gave up ({first_line(error)}); finished shards are kept, --resume continues with the others"
         ) from error
     finally:
         if hasattr(batches, "close"):
@@ -316,12 +316,11 @@ def _deaths(run: ShardedRun, given_up: Sequence[Part]) -> str:
     shown = []
     for part in given_up[:_SHOWN]:
         images = run.folder.names(part)
-        shown.append(f"  - shard {part.number}: {images[0]} to {images[-1]}")
-    if len(given_up) > _SHOWN:
-        shown.append(f"  ... and {len(given_up) - _SHOWN} more")
-    noun = "shard has" if len(given_up) == 1 else "shards have"
+        shown.append(f"shard {part.number}: {images[0]} to {images[-1]}")
+    listing = bullets(shown, _SHOWN, total=len(given_up))
+    each = "" if len(given_up) == 1 else " each"
     return (
-        f"{len(given_up)} {noun} cost {ATTEMPTS} workers their life each. The reason can be too little memory (give a "
-        "smaller --batch-size or fewer --ray-workers) or an image that crashes its decoder (--shard-size 1 in another "
-        "folder finds it). Finished shards are kept, --resume tries the others again:\n" + "\n".join(shown)
+        f"{count(len(given_up), 'shard')}{each} crashed {ATTEMPTS} workers. Likely causes: not enough memory (use a "
+        "smaller --batch-size or fewer --ray-workers), or an image that crashes its decoder (--shard-size 1 in another "
+        f"folder finds it). Finished shards are kept, --resume tries the others again:\n{listing}"
     )

@@ -1,4 +1,4 @@
-"""Ray for the time of one call: connected or started quietly, and left as it was found."""
+"""Ray for the time of one call: connected or started quietly, and left as it was before."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import BackendError, MissingDependencyError
+from ..wording import first_line
 
 # Nothing travels through Ray's object store but numbers of shards. Left to itself, Ray reserves 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 
-# What Ray says at every start is of no use here; its warnings are, but for the one about its missing progress bars.
+# Ray's messages at every start are of no use here; its warnings are, except the one about missing progress bars.
 _LOG_LEVELS = {
     "ray": logging.ERROR,
     "ray.data": logging.WARNING,
@@ -22,7 +23,7 @@ _LOG_LEVELS = {
 
 
 def require_ray() -> Any:
-    """The ray package with its data library, or `MissingDependencyError`."""
+    """Return the ray package with its data library, or raise `MissingDependencyError`."""
     try:
         import ray
         import ray.data
@@ -33,7 +34,7 @@ def require_ray() -> Any:
 
 @contextmanager
 def ray_session(address: str | None = None) -> Iterator[Any]:
-    """The ray package, initialised: as it is if it is so already, else for the length of the block.
+    """Yield the ray package, initialized. What the block itself has started is shut down at its end.
 
     Ray's statistics of use are off, and so is its dashboard: nothing needs a network.
 
@@ -57,7 +58,7 @@ def ray_session(address: str | None = None) -> Iterator[Any]:
 
 def _start(ray: Any, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray's C++ half takes Ray Data's way to start actors for an error and says so on the terminal, every time.
+    # Ray's C++ core reports Ray Data's way to start actors as an error on the terminal, every time.
     variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
@@ -67,7 +68,7 @@ def _start(ray: Any, address: str | None) -> None:
         with _environment(variables):
             ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if address is None:
             raise BackendError(f"Ray does not start on this machine: {reason}") from error
         raise BackendError(
@@ -78,13 +79,13 @@ def _start(ray: Any, address: str | None) -> None:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables that nobody has set, for the length of the block."""
-    ours = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(ours)
+    """Set environment variables for the length of the block, unless they are set already."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in ours:
+        for name in added:
             os.environ.pop(name, None)
 
 

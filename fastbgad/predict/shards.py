@@ -1,7 +1,7 @@
-"""The run folder of a bulk prediction: a list of images in shards, each a CSV file that is there whole or not at all.
+"""The run folder of a bulk prediction: a list of images in shards, each a CSV file that is written atomically.
 
-manifest.json     what the run is about; another model or another list of images is refused
-images.list       the names of all images, so that a worker reads its own and nobody holds millions of them
+manifest.json     model, list of images and options of the run; others are refused
+images.list       the names of all images, of which a worker reads its own; nobody holds millions of them
 shards/000042.csv the lines of one shard, written when all its images are done
 maps/000042/      its maps
 attempts/000042   a line for every time a worker began the shard; gone when it is done
@@ -37,15 +37,15 @@ class ShardFolder:
     path: Path
 
     def names(self, part: Part) -> list[Path]:
-        """The images of a shard."""
+        """Return the images of a shard."""
         return read_part(self.path / LIST_FILE, part)
 
     def table(self, part: Part) -> Path:
-        """The shard's CSV file."""
+        """Return the shard's CSV file."""
         return self.path / "shards" / f"{part.number:06d}.csv"
 
     def maps(self, part: Part) -> str:
-        """The folder of the shard's maps within `maps/`.
+        """Return the folder of the shard's maps within `maps/`.
 
         One folder per shard: file systems dislike folders with a million files, and the names of maps need only be
         unique within the shard.
@@ -53,7 +53,7 @@ class ShardFolder:
         return f"{part.number:06d}"
 
     def lines(self, part: Part, names: Sequence[Path]) -> list[list[str]] | None:
-        """The lines of a finished shard without the header; None if it is not there, not whole, or of other images."""
+        """Return a finished shard's lines without the header; None if it is missing, damaged, or of other images."""
         try:
             with self.table(part).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 text = file.read()
@@ -68,12 +68,12 @@ class ShardFolder:
         return lines if whole and [line[0] for line in lines] == [str(path) for path in names] else None
 
     def write(self, part: Part, lines: Sequence[Sequence[str]]) -> None:
-        """Writes a shard's lines, atomically, and forgets the attempts at it."""
+        """Write a shard's lines, atomically, and forget the attempts at it."""
         write_bytes(self.table(part), _HEADER + csv_bytes(lines))
         self._attempts(part).unlink(missing_ok=True)
 
     def begin(self, part: Part, worker: str) -> int:
-        """Notes that a worker begins a shard; how often that has happened since the run was started or resumed."""
+        """Record that a worker begins a shard; return how often that happened since the run was started or resumed."""
         path = self._attempts(part)
         make_folder(path.parent)
         try:
@@ -85,18 +85,18 @@ class ShardFolder:
             raise OutputError(f"cannot write {path}: {error.strerror}; free some space") from error
 
     def forget_attempts(self) -> None:
-        """Gives every shard all its attempts again."""
+        """Reset the attempts at every shard."""
         for path in (self.path / "attempts").glob("*"):
             path.unlink(missing_ok=True)
 
     def remove_fragments(self, folder: Path) -> None:
-        """Removes temporary files that a killed worker left in a folder."""
+        """Remove temporary files that a killed worker left in a folder."""
         for path in folder.glob(".*"):
             with suppress(OSError):
                 path.unlink()
 
     def join(self, parts: Sequence[Part]) -> Path:
-        """Joins all shards into `scores.csv`, atomically, one shard in memory at a time.
+        """Join all shards into `scores.csv`, atomically, one shard in memory at a time.
 
         Raises:
             OutputError: a shard is missing or damaged, or the file cannot be written.
@@ -149,7 +149,7 @@ def open_run(
     shard_size: int,
     resume: bool,
 ) -> ShardedRun:
-    """Lists the images, and begins a run folder or finds out what an earlier run left to do.
+    """List the images; begin a run folder, or find out what an earlier run left to do.
 
     Images of finished shards that could not be read are waiting again, as with the local engine.
 
@@ -168,7 +168,7 @@ def open_run(
             "folder"
         )
     if earlier is not None and not any((folder.path / "shards").glob("*.csv")):
-        earlier = None  # nothing came of it, so it may be begun anew
+        earlier = None  # no shard was finished, so the folder may be used again
     if earlier is not None and not resume:
         raise OutputError(f"{folder.path} holds a run already; choose another folder, or --resume to finish that run")
     listing = folder.path / (LIST_FILE if earlier is None else f".new.{LIST_FILE}")
@@ -199,9 +199,9 @@ def open_run(
 
 
 def _waiting(folder: ShardFolder, images: WrittenList) -> Iterator[Waiting]:
-    there = {path.name for path in (folder.path / "shards").iterdir()}
+    tables = {path.name for path in (folder.path / "shards").iterdir()}
     for part in images.parts:
-        lines = folder.lines(part, folder.names(part)) if folder.table(part).name in there else None
+        lines = folder.lines(part, folder.names(part)) if folder.table(part).name in tables else None
         missing = part.count if lines is None else sum(line[-1] != "" for line in lines)
         if missing:
             yield Waiting(part, missing)
@@ -225,7 +225,7 @@ def _read_manifest(folder: Path) -> dict[str, object] | None:
 
 
 def _compare(folder: Path, earlier: dict[str, object], now: dict[str, object]) -> None:
-    """Raises `OutputError` where a run folder was begun for something else."""
+    """Raise `OutputError` where a run folder was begun for something else."""
 
     def differs(*names: str) -> bool:
         return any(earlier.get(name) != now[name] for name in names)

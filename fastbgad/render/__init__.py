@@ -1,1 +1,1 @@
-"""What people look at: progress bars, tables, plots and pages."""
+"""Output for people: progress bars, tables, plots and pages."""

@@ -1,4 +1,4 @@
-"""What people see in the terminal: progress bars and tables, by rich where it is installed and stdout is a terminal."""
+"""Progress bars and tables in the terminal, drawn by rich; plain lines where stdout is no terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LINE_EVERY = 10.0  # seconds between lines where no bar can be drawn (a log fil
 
 
 def require_rich() -> Any:
-    """The rich package, or `MissingDependencyError`."""
+    """Return the rich package; raise `MissingDependencyError` where it is not installed."""
     try:
         import rich.console
         import rich.progress
@@ -29,7 +29,7 @@ def require_rich() -> Any:
 
 @contextmanager
 def training_bar(title: str) -> Iterator[Callable[[Progress], None]]:
-    """A callback for `fastbgad.fit`: stage, images per second, loss and boundaries; plain lines without a terminal."""
+    """Show stage, images per second, loss and boundaries; yield the callback for `fastbgad.fit`."""
     with _bar(title) as update:
 
         def on_progress(progress: Progress) -> None:
@@ -44,7 +44,7 @@ def training_bar(title: str) -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def image_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A callback that counts images up to `total`."""
+    """Show a bar of images; yield the callback that is given the number of images just done."""
     done, started = 0, time.perf_counter()
     with _bar(title) as update:
 
@@ -58,16 +58,16 @@ def image_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def pass_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback that is told how many passes are done, and of how many."""
+    """Show a bar of passes; yield the callback that is given the numbers of passes done and of all passes."""
     with _bar(title) as update:
         yield lambda done, total: update("passes", done, total, "")
 
 
 @contextmanager
 def cell_bar(total: int) -> Iterator[Callable[[int, str], None]]:
-    """A callback that is told how many cells of a run are done, and what is being done; the rest is estimated.
+    """Show a bar of cells and the time left; yield the callback for the number of cells done and a text.
 
-    The estimate counts the cells that became done since the first call, by whichever process.
+    The time left is estimated from the cells that any process finished since the first call.
     """
     rich = require_rich()
     pace = _Pace(total)
@@ -89,7 +89,7 @@ def cell_bar(total: int) -> Iterator[Callable[[int, str], None]]:
 
 
 class _Pace:
-    """How long the cells that are left will take, at the pace of those that became done."""
+    """Estimate of the time left, at the pace of the cells finished so far."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -97,7 +97,7 @@ class _Pace:
         self.latest = (0, 0.0)
 
     def left(self, done: int) -> str:
-        """For people; empty until there is a pace."""
+        """Return the time left for readers, empty until a cell is finished."""
         now = time.perf_counter()
         if self.first is None:
             self.first = self.latest = (done, now)
@@ -111,7 +111,7 @@ class _Pace:
 
 
 def _drawn(rich: Any, time_left: Any) -> Any:
-    """A bar for the terminal: description, bar, how many of how many, a column for the time left, a text."""
+    """Return a bar for the terminal: description, bar, number done and in all, time left, text."""
     columns = rich.progress
     return columns.Progress(
         columns.TextColumn("{task.description}"),
@@ -155,20 +155,20 @@ def _lines(title: str) -> Callable[[str, int, int, str], None]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table with a title; numbers are set to the right, in four decimals."""
+    """Print a table with a title; all columns but the first are aligned right, floats have four decimals."""
     rich = require_rich()
     table = rich.table.Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-    # A file or a pipe has no width: there, nothing needs to be folded.
+    # A file or a pipe has no width: lines need no folding.
     width = None if sys.stdout.isatty() else _WIDEST
     rich.console.Console(soft_wrap=True, width=width).print(table)
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
-    """Name and value, one pair per line."""
+    """Print names and values, one pair per line."""
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")

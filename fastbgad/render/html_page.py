@@ -1,4 +1,4 @@
-"""Pages from templates: self-contained HTML, without scripts, in the style that all pages share."""
+"""Pages from templates: self-contained HTML, without scripts, in a common style."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..errors import MissingDependencyError
 
 
 def render(package: str | None, template: str, **values: Any) -> str:
-    """Return the page that a template makes of `values`, which are all escaped.
+    """Return the page of a template with `values`, which are all escaped.
 
     Args:
-        package: the package whose folder holds the template, `__package__` for the caller's own. What a template
-            includes or imports is looked for there and in this package.
+        package: the package whose folder holds the template, `__package__` for the caller's own. Templates that it
+            includes or imports are searched there and in this package.
         template: file name.
-        values: what the template shows.
+        values: variables of the template.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.
@@ -45,12 +45,12 @@ def _source(packages: Sequence[str | None], name: str) -> str | None:
 
 
 def css_color(color: tuple[int, int, int]) -> str:
-    """Red, green and blue in 0 ... 255, as CSS writes them."""
+    """Return red, green and blue in 0 ... 255 as a CSS color."""
     return f"rgb({color[0]} {color[1]} {color[2]})"
 
 
 def flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of nested mappings, each key a path such as training.flow.clamp."""
+    """Yield keys and values of nested mappings, each key a path such as training.flow.clamp."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flat_items(value, f"{prefix}{key}.")

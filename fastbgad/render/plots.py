@@ -1,4 +1,4 @@
-"""Pictures of a result: anomaly maps and decisions painted over photographs, and the charts of the report.
+"""Pictures of results: anomaly maps and decisions painted over photographs, and the charts of the report.
 
 Painting needs numpy and scipy only, so `predict` works without matplotlib; charts need it.
 """
@@ -18,7 +18,7 @@ from .svg import ANOMALOUS, BOUNDARY, CSS, MARGIN, NORMAL, SERIES, Chart, inline
 Image = NDArray[np.uint8]
 Color = tuple[int, int, int]
 
-# From dark blue over violet and orange to pale yellow: lightness rises all the way, so that it also reads in grey.
+# From dark blue over violet and orange to pale yellow: lightness rises throughout, so that it also reads in gray.
 HEAT_COLORS: tuple[Color, ...] = (
     (12, 12, 40),
     (44, 22, 92),
@@ -36,7 +36,7 @@ ANOMALOUS_COLOR: Color = (255, 45, 125)
 
 
 def heat_colors(values: NDArray[Any]) -> Image:
-    """Colours [..., 3] of values in [0, 1], interpolated in `HEAT_COLORS`; values outside are clipped."""
+    """Return colors [..., 3] of values in [0, 1], interpolated in `HEAT_COLORS`; values outside are clipped."""
     anchors = np.linspace(0.0, 1.0, len(HEAT_COLORS))
     table = np.array(HEAT_COLORS, dtype=np.float64)
     channels = [np.interp(values, anchors, table[:, channel]) for channel in range(3)]
@@ -44,13 +44,13 @@ def heat_colors(values: NDArray[Any]) -> Image:
 
 
 def heat_overlay(image: Image, anomaly_map: NDArray[Any], vmin: float, vmax: float) -> Image:
-    """Paints an anomaly map over a greyed photograph; the higher the score, the more opaque the colour.
+    """Paint an anomaly map over a photograph in gray; the higher the score, the more opaque the color.
 
     Args:
         image: uint8 [H, W, 3].
         anomaly_map: float [H, W].
-        vmin: score of the first colour; lower scores get it too.
-        vmax: score of the last colour; higher scores get it too.
+        vmin: score of the first color; lower scores get it too.
+        vmax: score of the last color; higher scores get it too.
 
     Returns:
         uint8 [H, W, 3].
@@ -63,16 +63,16 @@ def heat_overlay(image: Image, anomaly_map: NDArray[Any], vmin: float, vmax: flo
     if not np.isfinite(anomaly_map).all():
         raise FeatureError("the anomaly map holds NaN or Inf and cannot be painted")
     if not (np.isfinite(vmin) and np.isfinite(vmax) and vmin <= vmax):
-        raise FeatureError(f"the colour range [{vmin}, {vmax}] is not a range of finite scores")
+        raise FeatureError(f"the color range [{vmin}, {vmax}] is not a range of finite scores")
     width = float(vmax) - float(vmin)
     heat = np.clip((anomaly_map.astype(np.float64) - vmin) / (width or 1.0), 0.0, 1.0)[..., None]
-    grey = image @ np.array([0.299, 0.587, 0.114])
+    gray = image @ np.array([0.299, 0.587, 0.114])
     opacity = 0.3 + 0.55 * heat
-    return np.rint((1 - opacity) * grey[..., None] + opacity * heat_colors(heat[..., 0])).astype(np.uint8)
+    return np.rint((1 - opacity) * gray[..., None] + opacity * heat_colors(heat[..., 0])).astype(np.uint8)
 
 
 def mask_contour(image: Image, mask: NDArray[Any]) -> Image:
-    """Outlines the non-zero region of `mask` [H, W] on a copy of `image` uint8 [H, W, 3]."""
+    """Outline the non-zero region of `mask` [H, W] on a copy of `image` uint8 [H, W, 3]."""
     _check_picture(image, mask, "mask")
     painted = image.copy()
     _outline(painted, mask != 0, GROUND_TRUTH_COLOR)
@@ -80,7 +80,7 @@ def mask_contour(image: Image, mask: NDArray[Any]) -> Image:
 
 
 def decision_contour(image: Image, decision: NDArray[Any]) -> Image:
-    """Tints and outlines the pixels in the margin (1) and beyond the anomalous boundary (2) on a copy of `image`.
+    """Tint and outline the pixels in the margin (1) and beyond the anomalous boundary (2) on a copy of `image`.
 
     Args:
         image: uint8 [H, W, 3].
@@ -97,7 +97,7 @@ def decision_contour(image: Image, decision: NDArray[Any]) -> Image:
 
 
 def _outline(image: Image, region: NDArray[np.bool_], color: Color) -> None:
-    """Paints the inner border of `region` in place, thicker on larger images, so that it survives shrinking."""
+    """Paint the inner border of `region` in place, thicker on larger images, so that it survives shrinking."""
     thickness = max(1, round(min(image.shape[:2]) / 128))
     # Border value 1: a region that leaves the picture has no outline along the picture's edge.
     inside = ndimage.binary_erosion(region, structure=np.ones((3, 3)), iterations=thickness, border_value=1)
@@ -111,12 +111,12 @@ def _check_picture(image: Image, plane: NDArray[Any], name: str) -> None:
         raise DataError(f"the {name} has the size {list(plane.shape)} but its picture {list(image.shape[:2])}")
 
 
-# More points than a chart has pixels only make the file larger.
+# More points than a chart has pixels would only make the file larger.
 _MOST_POINTS = 300
 
 
 def likelihood_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any], b_n: float, b_a: float | None) -> Chart:
-    """Densities of the normalised log-likelihoods of one level's patches, with the explicit boundary and its margin.
+    """Draw the densities of the normalized log-likelihoods of one level's patches, with the boundary and its margin.
 
     Args:
         title: name of the level.
@@ -129,7 +129,7 @@ def likelihood_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any], 
     everything = np.concatenate([normal, anomalous])
     if everything.size == 0 or not np.isfinite(b_n):
         return Chart(title, "", (), f"No finite log-likelihoods or boundary to draw. {note}".strip())
-    # A few patches far out would squeeze the boundary, the point of the chart, into one bin.
+    # A few outliers would squeeze the boundary, the point of the chart, into one bin.
     low, high = np.quantile(everything, [0.005, 1.0])
     low, high = min(low, b_n if b_a is None else b_a), max(high, b_n)
     pad = 0.04 * (high - low) or 1.0
@@ -163,7 +163,7 @@ def likelihood_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any], 
 
 
 def score_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any]) -> Chart:
-    """Every image's score as one stroke, normal images above anomalous ones."""
+    """Draw every image's score as a stroke, normal images above anomalous ones."""
     (normal, anomalous), note = _finite(normal, anomalous)
     if normal.size + anomalous.size == 0:
         return Chart(title, "", (), f"No finite image scores to draw. {note}".strip())
@@ -182,7 +182,7 @@ def score_chart(title: str, normal: NDArray[Any], anomalous: NDArray[Any]) -> Ch
 
 
 def history_chart(title: str, history: Sequence[Mapping[str, float]], prefixes: Sequence[str]) -> Chart:
-    """Training curves: every key of `history` that starts with one of `prefixes`, against its pass.
+    """Draw training curves: every key of `history` that starts with one of `prefixes`, against the pass.
 
     Args:
         title: heading.
@@ -222,7 +222,7 @@ def history_chart(title: str, history: Sequence[Mapping[str, float]], prefixes: 
 
 
 def _curve_name(key: str) -> str:
-    """What a reader calls a key of the log: "b_n_0" is the boundary b_n of level 1."""
+    """Return the name of a key of the log for readers: "b_n_0" is the boundary b_n of level 1."""
     named = {"loss": "total", "loss_ml": "likelihood", "loss_n": "semi-pull", "loss_a": "semi-push"}
     if key[:4] in ("b_n_", "b_a_") and key[4:].isdigit():
         return f"{key[:3]}, level {int(key[4:]) + 1}"
@@ -230,15 +230,15 @@ def _curve_name(key: str) -> str:
 
 
 def _finite(*parts: NDArray[Any]) -> tuple[list[NDArray[np.float64]], str]:
-    """The finite values of each array as float64 [n], and a note where some were not."""
+    """Return the finite values of each array as float64 [n], and a note where some were not."""
     flat = [np.asarray(part, dtype=np.float64).ravel() for part in parts]
-    kept = [part[np.isfinite(part)] for part in flat]
-    lost = sum(part.size for part in flat) - sum(part.size for part in kept)
-    return kept, f"{lost} values that are NaN or Inf are left out." if lost else ""
+    finite = [part[np.isfinite(part)] for part in flat]
+    left_out = sum(part.size for part in flat) - sum(part.size for part in finite)
+    return finite, f"{left_out} values that are NaN or Inf are left out." if left_out else ""
 
 
 def _block_means(values: NDArray[np.float64], block: int) -> NDArray[np.float64]:
-    """Means over consecutive blocks, ignoring NaN and Inf; NaN where a block has nothing else."""
+    """Return means over consecutive blocks, ignoring NaN and Inf; NaN where a block has nothing else."""
     padded = np.full(-(-len(values) // block) * block, np.nan)
     padded[: len(values)] = values
     rows = padded.reshape(-1, block)

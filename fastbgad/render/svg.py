@@ -1,6 +1,6 @@
-"""Charts as SVG whose colours are the CSS variables of the page, so that they follow its light or dark theme.
+"""Charts as SVG with the CSS variables of the page as colors, so that they follow its light or dark theme.
 
-The same figure can be had with fixed colours, as a file for a paper.
+The same figure can be written with fixed colors, as a file for a paper.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Chart(NamedTuple):
 
     Attributes:
         title: a heading of a few words.
-        svg: an inline <svg> element without ids or addresses from outside; empty where there is nothing to draw.
-        legend: (label, CSS colour) of each series.
-        note: what the reader must know besides: values left out, nothing recorded.
+        svg: an inline <svg> element without ids or external addresses; empty where there is nothing to draw.
+        legend: (label, CSS color) of each series.
+        note: for readers, such as values that are left out.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Chart(NamedTuple):
     note: str = ""
 
 
-# Colours matplotlib is given; in the SVG the page's CSS variables, or fixed colours, replace them.
+# Placeholder colors for matplotlib; in the SVG the page's CSS variables, or fixed colors, replace them.
 INK, GRID = "#010101", "#020202"
 NORMAL, ANOMALOUS, MARGIN, BOUNDARY = "#030303", "#040404", "#050505", "#060606"
 SERIES = ("#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b", "#0c0c0c")
@@ -58,13 +58,13 @@ _PAPER = {
 
 
 def new_figure(width: float = 3.4, height: float = 2.1) -> tuple[Figure, Axes]:
-    """An empty chart of `width` x `height` inches in the style of the pages; see `new_panels`."""
+    """Return an empty chart of `width` x `height` inches in the style of the pages; see `new_panels`."""
     figure, (axes,) = new_panels(width, height)
     return figure, axes
 
 
 def new_panels(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty chart of `width` x `height` inches, its panels in rows and columns; they share their axes.
+    """Return an empty chart of `width` x `height` inches and its panels, row by row, which share their axes.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -89,7 +89,7 @@ def new_panels(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def drawn_svg(figure: Figure, label: str) -> str:
-    """The figure as matplotlib writes it, letters as text; `label` differs between the charts of a page."""
+    """Return the figure as matplotlib writes it, with letters as text; `label` differs between the charts of a page."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -100,16 +100,16 @@ def drawn_svg(figure: Figure, label: str) -> str:
 
 
 def inline_svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> element for the inside of an HTML page; `label` differs between the charts of a page."""
+    """Return the figure as an <svg> element for an HTML page; `label` differs between the charts of a page."""
     return inside_page(drawn_svg(figure, label), label)
 
 
 def inside_page(svg: str, label: str) -> str:
-    """What `drawn_svg` returned as an <svg> element for the inside of an HTML page."""
+    """Return the result of `drawn_svg` as an <svg> element for an HTML page."""
     svg = svg[svg.index("<svg") :]
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None
-    # Addresses of namespaces, fixed sizes, global styles and numbered ids have no place inside a page.
+    # Inside a page, addresses of namespaces, fixed sizes, global styles and numbered ids do harm.
     svg = f"<svg {view_box[0]}>" + svg[svg.index(">") + 1 :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)
@@ -118,13 +118,13 @@ def inside_page(svg: str, label: str) -> str:
     svg = svg.replace("xlink:href", "href")
     for color, css in CSS.items():
         svg = svg.replace(color, css)
-    # The label is ours or a level's name, which matplotlib never saw and therefore did not escape.
+    # The label does not come from matplotlib, which escapes its own texts.
     label = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
 
 
 def for_paper(svg: str) -> str:
-    """What `drawn_svg` returned as the content of an .svg file: fixed colours on a clear ground."""
+    """Return the result of `drawn_svg` as the content of an .svg file, with fixed colors on a transparent ground."""
     for color, fixed in _PAPER.items():
         svg = svg.replace(color, fixed)
     return svg

@@ -25,11 +25,11 @@ HEADER = "fastbgad"
 
 
 def save_checkpoint(path: str | Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON-able metadata atomically.
+    """Write tensors and JSON metadata atomically.
 
     Args:
         path: usually `*.safetensors`.
-        kind: what the checkpoint is ("model", "training"); loading asks for it again.
+        kind: of the checkpoint ("model", "training"); loading compares it.
         tensors: by name; moved to the CPU.
         metadata: anything JSON can hold.
 
@@ -44,7 +44,7 @@ def save_checkpoint(path: str | Path, kind: str, tensors: Mapping[str, Tensor], 
 
 
 def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `save_checkpoint` wrote: tensors on the CPU, and the metadata.
+    """Read a file of `save_checkpoint`: its tensors, on the CPU, and its metadata.
 
     Raises:
         CheckpointError: no such file, not a fastbgad checkpoint, another kind or a newer format, or damaged.
@@ -61,7 +61,7 @@ def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
             f"{path} is damaged or not a safetensors file ({error}); copy it again from its source or train again"
         ) from error
     if HEADER not in header:
-        raise CheckpointError(f"{path} was not written by fastbgad: its header lacks our metadata")
+        raise CheckpointError(f"{path} was not written by fastbgad: its header lacks the metadata")
     try:
         entry = json.loads(header[HEADER])
         whole = entry["sha256"] == checksum(tensors, entry["metadata"])
@@ -82,7 +82,7 @@ def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    """SHA-256 over the metadata and every tensor's name, type, shape and bytes."""
+    """Return the SHA-256 over the metadata and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

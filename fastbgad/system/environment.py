@@ -1,4 +1,4 @@
-"""What machine and what versions a result was made with."""
+"""The machine and the versions that a result was made with."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _PACKAGES = ("fastbgad", "torch", "torchvision", "timm", "numpy", "scipy", "safe
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages a result depends on; "absent" for one that is not installed."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages a result depends on; "absent" for one that is not installed."""
+    known = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            known[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            known[package] = "absent"
+    return known
 
 
 def machine() -> dict[str, str]:
-    """Processor, threads and accelerator of this machine."""
+    """Return the processor, threads and accelerator of this machine."""
     gpu = "none"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -42,7 +42,11 @@ def machine() -> dict[str, str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the first GPU, or else the CPU. Raises `ConfigError` where there is none."""
+    """Return the device of a name, for "auto" the first GPU or else the CPU.
+
+    Raises:
+        ConfigError: no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -56,7 +60,7 @@ def choose_device(name: str) -> torch.device:
 
 @functools.cache
 def cpu_facts() -> dict[str, str]:
-    """What Linux says of the first processor in /proc/cpuinfo, by its names; empty elsewhere."""
+    """Return the entries of /proc/cpuinfo about the first processor; empty where there is no such file."""
     try:
         first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the work in hand is finished and saved before it stops."""
+"""Ctrl-C as a request: the current step is finished and saved before the work stops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupt_flag() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that a step is never cut in half; the second Ctrl-C acts as usual."""
+    """Yield an event that the first Ctrl-C sets, so that no step is cut in half; the second Ctrl-C acts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -2,8 +2,8 @@
 
 CUDA copies from ordinary, pageable memory through a buffer of its own, and beyond 64 KB the host waits until that is
 done, `non_blocking` or not; from pinned memory the device copies by itself. PyTorch's allocator of pinned memory is the
-ring of buffers that this needs: it keeps a block that is freed until the copies that were asked of it are done, and
-hands it out again after that.
+ring of buffers that this needs: it holds a block that is freed until its pending copies are done, and hands it out
+again after that.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One training run shared by several processes: each holds some of the images, a step is taken on everybody's rows.
+"""One training run shared by several processes: each holds some of the images, a step is taken on the rows of all.
 
-Every image belongs to one process, which extracts its features and carries its patches through the flow. What a loss
-needs of a row is one number, its log-likelihood: these are gathered, so that every process computes the loss of all
-rows (boundary, violating rows, means) exactly as one process would, and passes back the gradient of its own rows.
+Every image belongs to one process, which extracts its features and computes the flow of its patches. A loss needs only
+one number per row, its log-likelihood: these are gathered, so that every process computes the loss of all rows
+(boundary, violating rows, means) exactly as one process would, and propagates the gradient of its own rows.
 Gradients of weights are added up by DistributedDataParallel.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
-from ..system.ranks import Place
+from ..system.ranks import Rank
 from ..system.transfers import to_device
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def process_group(place: Place, device: torch.device) -> Iterator[DataParallel | None]:
-    """The processes that torchrun started with this one, as a group for the length of a block; None for one alone.
+def process_group(rank: Rank, device: torch.device) -> Iterator[DataParallel | None]:
+    """Yield the group of processes that torchrun started with this one; None for one alone.
 
     Raises:
-        ConfigError: they were started by something else, which does not say where they find each other.
+        ConfigError: they were started by another launcher, which does not tell them how to connect.
     """
-    if place.world == 1:
+    if rank.world == 1:
         yield None
         return
-    if place.launcher != "torchrun":
+    if rank.launcher != "torchrun":
         raise ConfigError(
-            f"{place.launcher} started {place.world} processes; to share a training, start them with torchrun "
+            f"{rank.launcher} started {rank.world} processes; to share a training, start them with torchrun "
             "(`srun torchrun --nnodes N --nproc-per-node G -m fastbgad train ...`, one task per machine)"
         )
     if device.type == "cuda":
@@ -52,8 +52,8 @@ def process_group(place: Place, device: torch.device) -> Iterator[DataParallel |
 class SharedRows(NamedTuple):
     """A chunk of n rows of which this process holds some."""
 
-    rows: Tensor  # int64 [own], places in this process's store
-    order: Tensor  # int64 [n]: row i of the chunk is entry order[i] of what all processes gather
+    rows: Tensor  # int64 [held], rows of this process's store
+    order: Tensor  # int64 [n]: row i of the chunk is entry order[i] of the rows that all processes gather
     most: int  # the most rows that any process holds
 
 
@@ -70,22 +70,23 @@ class DataParallel:
     def __init__(self, group: ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError("data-parallel training needs a process group: call torch.distributed.init_process_group")
-        self.group = group if group is not None else dist.group.WORLD
-        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.group: dist.ProcessGroup | None = group if group is not None else dist.group.WORLD
+        self.rank: int = dist.get_rank(self.group)
+        self.world: int = dist.get_world_size(self.group)
         if self.rank < 0:
             raise ConfigError("this process is not a member of the group that trains")
 
     def owned(self, items: Sequence[int]) -> list[int]:
-        """Those of these images, numbered through, that belong to this process."""
+        """Return those of these images, given by their numbers, that belong to this process."""
         return [item for item in items if item % self.world == self.rank]
 
     def share(self, items: Tensor, positions: Tensor, slots: Tensor, area: int) -> SharedRows:
-        """A chunk of patches, given by image [n] and position [n], divided among the processes.
+        """Divide a chunk of patches, given by image [n] and position [n], among the processes.
 
         Args:
             items: numbers of the images.
             positions: of the patches within their image.
-            slots: int64 [images], where this process keeps an image.
+            slots: int64 [images], the slot of each image in this process's store.
             area: patches per image.
         """
         owner = items % self.world
@@ -94,44 +95,44 @@ class DataParallel:
         order = torch.empty_like(items)
         for rank in range(self.world):
             order[owner == rank] = rank * most + torch.arange(int(counts[rank]))
-        own = owner == self.rank
-        return SharedRows(slots[items[own]] * area + positions[own], order, most)
+        held = owner == self.rank
+        return SharedRows(slots[items[held]] * area + positions[held], order, most)
 
     def wrap(self, flow: nn.Module) -> nn.Module:
-        """The flow with gradients averaged over the processes after each backward."""
+        """Return the flow with gradients averaged over the processes after each backward."""
         on_gpu = next(flow.parameters()).device.type == "cuda"
         devices = [next(flow.parameters()).device] if on_gpu else None
         return DistributedDataParallel(flow, device_ids=devices, process_group=self.group)
 
     def gather_rows(self, lp: Tensor, anomalous: Tensor, shared: SharedRows) -> tuple[Tensor, Tensor]:
-        """lp [n] and labels [n] of the whole chunk, in its order, from this process's own rows.
+        """Return lp [n] and labels [n] of the whole chunk, in its order, from this process's own rows.
 
-        The gradient of the result reaches this process's rows alone, multiplied by the number of processes: the average
-        that DistributedDataParallel takes of the weights' gradients then is their sum.
+        The gradient of the result reaches only this process's rows, multiplied by the number of processes, since
+        DistributedDataParallel averages the gradients of weights where their sum is needed.
         """
         order = to_device(shared.order, lp.device)
         labels = self._gather(anomalous.to(torch.uint8), shared.most)[order].bool()
         return _GatherRows.apply(lp, self, order, shared.most), labels
 
     def gather_images(self, values: Tensor, count: int) -> Tensor:
-        """Values [count, ...] of all images in their order, from those of this process's own images, in their order."""
+        """Return the values [count, ...] of all images in order, given those of this process's own images in order."""
         most = -(-count // self.world)
         gathered = self._gather(values, most).view(self.world, most, *values.shape[1:])
         # Image i is number i // world of process i % world.
         return gathered.transpose(0, 1).reshape(self.world * most, *values.shape[1:])[:count]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         total = values.clone()
         dist.all_reduce(total, group=self.group)
         return total
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in any process."""
+        """Return True if the flag is set in any process."""
         return bool(self.sum(torch.tensor(int(flag), device=device)))
 
     def _gather(self, values: Tensor, most: int) -> Tensor:
-        """The values of all processes one after the other, each filled up to `most` rows."""
+        """Return the values of all processes one after the other, each filled up to `most` rows."""
         padded = values.new_zeros(most, *values.shape[1:])
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(self.world)]
@@ -143,7 +144,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lp: Tensor, parallel: DataParallel, order: Tensor, most: int) -> Tensor:
         ctx.save_for_backward(order)
-        ctx.own = slice(parallel.rank * most, parallel.rank * most + len(lp))
+        ctx.held = slice(parallel.rank * most, parallel.rank * most + len(lp))
         ctx.size, ctx.world = parallel.world * most, parallel.world
         return parallel._gather(lp.detach(), most)[order]
 
@@ -152,4 +153,4 @@ class _GatherRows(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         gradient = upstream[0].new_zeros(ctx.size)
         gradient[order] = upstream[0] * ctx.world
-        return gradient[ctx.own], None, None, None
+        return gradient[ctx.held], None, None, None

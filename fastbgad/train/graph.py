@@ -1,11 +1,11 @@
-"""Training steps as CUDA graphs: what a step asks of the GPU is recorded once and then repeated by a single call.
+"""Training steps as CUDA graphs: the kernels of a step are recorded once and then repeated by a single call.
 
-A step of the flow is some dozens of short kernels; launched one by one from Python they take longer to ask for than to
-run. A graph repeats them with the same memory, so the rows of a step are copied to where the recorded step reads them;
-everything else that changes (weights, moments, learning rate, sums) is on the device already.
+A step of the flow is some dozens of short kernels; launched one by one from Python they take longer to launch than to
+run. A graph repeats them with the same memory, so the rows of a step are copied to the tensor that the recorded step
+reads; everything else that changes (weights, moments, learning rate, sums) is on the device already.
 
-A graph holds addresses, not tensors: what a step reads and does not make itself must stay where it is for as long as
-the graph is replayed. Weights, moments, learning rate, sums and features belong to the trainer whose method the step
+A graph holds addresses, not tensors: tensors that a step reads and does not make itself must keep their memory as long
+as the graph is replayed. Weights, moments, learning rate, sums and features belong to the trainer whose method the step
 is; tables that are kept for later calls are never freed once a capture has read them (`kernels/device_cache.py`).
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 WARM_UP_STEPS = 3
-"""Steps of a kind that run as usual before one is captured: kernels are compiled and memory is found in them."""
+"""Steps of a kind that run as usual before one is captured: they compile kernels and allocate memory."""
 
 Step = Callable[[Tensor, bool], None]
 
@@ -40,7 +40,7 @@ class CapturedSteps:
         self._possible = True
 
     def __call__(self, rows: Tensor, first_phase: bool) -> None:
-        """One step, on the current stream."""
+        """Take one step, on the current stream."""
         key = (len(rows), first_phase)
         if key not in self._captured:
             seen = self._seen[key] = self._seen.get(key, 0) + 1
@@ -54,7 +54,7 @@ class CapturedSteps:
     def _capture(self, key: tuple[int, bool], rows: Tensor) -> bool:
         graph, static_rows = torch.cuda.CUDAGraph(), rows.clone()
         try:
-            # Other threads may go on using the GPU meanwhile.
+            # Other threads may use the GPU meanwhile.
             with torch.cuda.graph(
                 graph, stream=torch.cuda.current_stream(rows.device), capture_error_mode="thread_local"
             ):

@@ -1,10 +1,9 @@
-"""One level in training: its flow, its optimiser, its stream, and the step that they take together."""
+"""Training of one level: its flow, its optimizer, its stream and its step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from .losses import training_loss
 class LevelTrainer:
     """Trains the flow of one level, chunk of patches after chunk.
 
-    Levels share nothing, so each has an optimiser of its own and, on a GPU, a stream of its own: they are trained side
-    by side. There a step is captured as a CUDA graph once it has run a few times, and replayed from then on. Nothing
-    here waits for the device.
+    Levels share nothing, so each has its own optimizer and, on a GPU, its own stream: they are trained side by side.
+    On a GPU a step is captured as a CUDA graph once it has run a few times, and replayed from then on. Nothing here
+    waits for the device.
 
     Args:
         level: counted from 0.
@@ -43,27 +42,34 @@ class LevelTrainer:
         config: TrainConfig,
         parallel: DataParallel | None = None,
     ) -> None:
-        self.level, self.flow, self.store, self.config, self.parallel = level, flow, store, config, parallel
+        self.level: int = level
+        self.flow: ConditionalFlow = flow
+        self.store: FeatureStore = store
+        self.config: TrainConfig = config
+        self.parallel: DataParallel | None = parallel
+        self.channels: int
+        self.height: int
+        self.width: int
         self.channels, self.height, self.width = store.shapes[level]
-        self.device = store.device
+        self.device: torch.device = store.device
         on_gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.parameters = [p for p in flow.parameters() if p.requires_grad]
+        self.stream: torch.cuda.Stream | None = torch.cuda.Stream(self.device) if on_gpu else None
+        self.parameters: list[nn.Parameter] = [p for p in flow.parameters() if p.requires_grad]
         # A captured step reads its learning rate from the device.
-        self.lr = torch.tensor(config.schedule.lr, device=self.device) if on_gpu else config.schedule.lr
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True, capturable=on_gpu)
-        self.sums = torch.zeros(COLUMNS, dtype=torch.float64, device=self.device)
+        self.lr: Tensor | float = torch.tensor(config.schedule.lr, device=self.device) if on_gpu else config.schedule.lr
+        self.optimizer: torch.optim.Adam = torch.optim.Adam(self.parameters, lr=self.lr, fused=True, capturable=on_gpu)
+        self.sums: Tensor = torch.zeros(COLUMNS, dtype=torch.float64, device=self.device)
         self.module: nn.Module = flow
         if parallel is not None:
-            # DistributedDataParallel makes the nodes that accumulate and exchange gradients, and they keep the stream
-            # that they were made on. On another than the level's own, all levels would wait for each other there.
+            # DistributedDataParallel makes nodes that accumulate and exchange gradients, and they keep the stream that
+            # they were made on. On a stream that levels share, all levels would wait for each other.
             self.begin()
             with self.on_stream():
                 self.module = parallel.wrap(flow)
             self.end()
-        # Processes that share a step exchange gradients in it, which is left to run as usual.
+        # A step in which processes exchange gradients is not captured.
         captured = on_gpu and parallel is None and store.patches(level) is not None
-        self.steps = CapturedSteps(self._step) if captured else None
+        self.steps: CapturedSteps | None = CapturedSteps(self._step) if captured else None
 
     @property
     def area(self) -> int:
@@ -71,7 +77,7 @@ class LevelTrainer:
         return self.height * self.width
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the steps that follow."""
+        """Set the learning rate of the next steps."""
         if isinstance(self.lr, Tensor):
             with self.on_stream():
                 self.lr.fill_(lr)
@@ -80,7 +86,7 @@ class LevelTrainer:
                 group["lr"] = lr
 
     def train(self, chunks: Iterator[Tensor] | Iterator[SharedRows], first_phase: bool) -> None:
-        """An optimiser step for every chunk of patches, given by their rows in the store."""
+        """Take an optimizer step on every chunk of rows of the store."""
         with self.on_stream():
             for chunk in chunks:
                 rows = chunk if isinstance(chunk, Tensor) else chunk.rows
@@ -91,7 +97,7 @@ class LevelTrainer:
                     self._step(rows, first_phase, None if isinstance(chunk, Tensor) else chunk)
 
     def coast(self, steps: int) -> None:
-        """Steps without a gradient, as torch 1.x took them while other levels trained; none before the first gradient.
+        """Take steps without a gradient, as torch 1.x did while other levels trained; none before the first gradient.
 
         Adam then moves on by its momentum.
         """
@@ -105,7 +111,7 @@ class LevelTrainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _step(self, rows: Tensor, first_phase: bool, shared: SharedRows | None = None) -> None:
-        """One optimiser step on patches [n] of the store."""
+        """Take one optimizer step on rows [n] of the store."""
         anomalous = self.store.labels(self.level, rows)
         lp = self._log_likelihood(rows)
         if shared is not None:
@@ -120,25 +126,25 @@ class LevelTrainer:
         self.sums += loss_row(loss)
 
     def _log_likelihood(self, rows: Tensor) -> Tensor:
-        """lp [n] of patches: the flow gathers them by itself where they lie on its device."""
+        """Return lp [n] of rows. The flow gathers them by itself where the store is on its device."""
         channels, patches = self.flow.spec.condition_channels, self.store.patches(self.level)
         if patches is not None:
-            where = PositionalRows(self.height, self.width, channels=channels) if channels else None
-            return self.module(patches, where, rows=rows).log_likelihood
+            condition = PositionalRows(self.height, self.width, channels=channels) if channels else None
+            return self.module(patches, condition, rows=rows).log_likelihood
         position = to_device(rows % self.area, self.device)
-        where = PositionalRows(self.height, self.width, position, channels) if channels else None
-        return self.module(self.store.gather(self.level, rows), where).log_likelihood
+        condition = PositionalRows(self.height, self.width, position, channels) if channels else None
+        return self.module(self.store.gather(self.level, rows), condition).log_likelihood
 
-    def on_stream(self) -> Any:
-        """A context in which work for the device goes to this level's stream."""
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Return a context in which work for the device goes to this level's stream."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def begin(self) -> None:
-        """What was asked of the device so far is done before this level's next work."""
+        """Make this level's stream wait for the work queued on the current stream."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def end(self) -> None:
-        """What is asked of the device from now on comes after this level's work."""
+        """Make the current stream wait for the work queued on this level's stream."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)

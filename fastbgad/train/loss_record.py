@@ -1,4 +1,4 @@
-"""What a pass of training remembers of its losses: sums over chunks, which stay on the device until they are shown."""
+"""Losses of a training pass: sums over chunks, which stay on the device until they are shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = len(_LOSSES) + len(_BOUNDARIES) + 2
 
 
 def loss_row(loss: SppLoss) -> Tensor:
-    """What one chunk adds to the sums of its level, [COLUMNS], on the device."""
+    """Return the row that one chunk adds to the sums of its level, [COLUMNS], on the device."""
     edges = torch.stack([getattr(loss, name) for name in _BOUNDARIES])
     has_boundary = ~torch.isnan(edges[:1])
     losses = torch.stack([getattr(loss, name).detach().to(edges.dtype) for name in _LOSSES])
@@ -24,7 +24,7 @@ def loss_row(loss: SppLoss) -> Tensor:
 
 
 def mean_losses(sums: Tensor) -> dict[str, float]:
-    """Means of sums [levels, COLUMNS]; waits for the device.
+    """Return the means of sums [levels, COLUMNS]; waits for the device.
 
     Losses and violating rows (normal ones below b_n, anomalous ones above b_a) per chunk, boundaries per level.
     """

@@ -20,7 +20,7 @@ def training_loss(
     first_phase: bool,
     impl: Impl = "auto",
 ) -> SppLoss:
-    """The loss of one chunk of rows.
+    """Return the loss of one chunk of rows.
 
     - First phase, and NFAD throughout: L_ml alone, without focal weights in the first phase as in the official code.
     - BGAD w/o: L_ml + lambda L_n. BGAD: L_ml + lambda (L_n + L_a).

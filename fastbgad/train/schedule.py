@@ -1,6 +1,6 @@
-"""What happens when: learning rate, order of the images, order of the patches. All of it a function of the seed.
+"""The schedule: learning rate, order of the images, order of the patches. All of it is a function of the seed.
 
-Nothing here carries a random state from one pass to the next, so a resumed run needs only to know where it is.
+No random state is carried from one pass to the next, so a resumed run needs only its progress point.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _IMAGES, _PATCHES = 1, 2
 
 
 def learning_rate(config: ScheduleConfig, meta_epoch: int, progress: float) -> float:
-    """The official schedule: a cosine over meta epochs, with a linear warm-up from lr / 10 over the first of them.
+    """Return the learning rate of the official schedule: a cosine over meta epochs after a linear warm-up from lr / 10.
 
     The official code counts two loaders where it means their batches, so its warm-up runs unevenly; here it is linear
     in the batches.
@@ -41,7 +41,7 @@ def learning_rate(config: ScheduleConfig, meta_epoch: int, progress: float) -> f
 
 
 def image_batches(items: Tensor, batch_size: int, seed: int, pass_index: int) -> list[Tensor]:
-    """The items of a pass in random order, in batches; the last may be smaller."""
+    """Return the items of a pass in random order, in batches; the last may be smaller."""
     order = torch.randperm(len(items), generator=_generator(seed, _IMAGES, pass_index))
     return list(items[order].split(batch_size))
 
@@ -52,20 +52,20 @@ def patch_chunks(
     chunk_rows: int,
     key: tuple[int, int, int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All patches of a batch's images at one level, in random order, as (slot [n], position [n]) chunks.
+    """Yield all patches of a batch's images at one level, in random order, as (slot [n], position [n]) chunks.
 
     The rows are divided evenly into the fewest chunks of at most `chunk_rows`: none is dropped, and no chunk is a
     remainder of a few rows with a noisy gradient.
 
     Args:
-        slots: where the images are in the feature store.
+        slots: of the images in the feature store.
         area: patches per image.
         chunk_rows: most patches per chunk.
         key: (seed, pass, batch, level), which alone decides the order.
     """
-    seed, *place = key
+    seed, *point = key
     rows = len(slots) * area
-    order = torch.randperm(rows, generator=_generator(seed, _PATCHES, *place))
+    order = torch.randperm(rows, generator=_generator(seed, _PATCHES, *point))
     for chunk in torch.tensor_split(order, math.ceil(rows / chunk_rows)):
         yield slots[chunk // area], chunk % area
 
@@ -76,7 +76,7 @@ def patch_rows(
     chunk_rows: int,
     key: tuple[int, int, int, int],
 ) -> Iterator[Tensor]:
-    """The chunks of `patch_chunks` as rows int64 [n] among all patches of a feature store, slot * area + position."""
+    """Yield the chunks of `patch_chunks` as rows int64 [n] of a feature store, slot * area + position."""
     return (slot * area + position for slot, position in patch_chunks(slots, area, chunk_rows, key))
 
 

@@ -1,11 +1,11 @@
-"""What a library's matrix products read in the wide flow: 16-bit operands, and rows without a number that is none.
+"""Operands of a library's matrix products in the wide flow: 16-bit copies, and rows free of unusable numbers.
 
-16 bits are too few for the permutation, the largest error of all: its input is split into a high and a low part,
+16 bits are too few for the permutation, which causes the largest error: its input is split into a high and a low part,
 
     v W^T = v_high W_high^T + v_low W_high^T + v_high W_low^T = [v_high | v_low | v_high] [W_high | W_high | W_low]^T
 
-(without v_low W_low^T, which is below the rounding of the sum), one product of depth 3 C. What does not fit in 16 bits
-becomes infinite.
+(without v_low W_low^T, which is below the rounding of the sum), one product of depth 3 C. A number that does not fit in
+16 bits becomes infinite.
 """
 
 from __future__ import annotations
@@ -21,110 +21,126 @@ from ..tile_sizes import tiles as chosen_tiles
 
 
 @triton.jit
-def store_split(OUT, row, channel, value, inside, C: tl.constexpr):
-    """high | low | high, [BR, BC] of each."""
-    dtype = OUT.dtype.element_ty
+def store_split(
+    out_ptr,  # [N, 3 * C] 16-bit
+    row,  # [BM] int64
+    channel,  # [BK] int
+    value,  # [BM, BK] float32
+    inside,  # [BM, BK] bool
+    C: tl.constexpr,
+):
+    """Store high | low | high, [BM, BK] of each."""
+    dtype = out_ptr.dtype.element_ty
     high = value.to(dtype)
     low = (value - high.to(tl.float32)).to(dtype)
-    at = OUT + row[:, None] * (3 * C) + channel[None, :]
-    tl.store(at, high, mask=inside)
-    tl.store(at + C, low, mask=inside)
-    tl.store(at + 2 * C, high, mask=inside)
+    pair_ptr = out_ptr + row[:, None] * (3 * C) + channel[None, :]  # [BM, BK]
+    tl.store(pair_ptr, high, mask=inside)
+    tl.store(pair_ptr + C, low, mask=inside)
+    tl.store(pair_ptr + 2 * C, high, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def coupling_operand_kernel(
-    X,  # [N, ..] fp32
-    OUT,  # [N, ..], or [N, 3 * COLUMNS] high | low | high if THREE
-    rows,
-    COLUMNS: tl.constexpr,
+    x_ptr,  # [N, C] float32, rows X_STRIDE apart
+    out_ptr,  # [N, C] any float, rows OUT_STRIDE apart; [N, 3 * C] high | low | high if THREE
+    rows,  # int32, N
+    C: tl.constexpr,
     X_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     THREE: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = (row < rows)[:, None] & (channel < COLUMNS)[None, :]
-    value = tl.load(X + row[:, None] * X_STRIDE + channel[None, :], mask=inside, other=0.0)
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    channel = tl.program_id(1) * BK + tl.arange(0, BK)  # [BK]
+    inside = (row < rows)[:, None] & (channel < C)[None, :]
+    value = tl.load(x_ptr + row[:, None] * X_STRIDE + channel[None, :], mask=inside, other=0.0)  # [BM, BK]
     if THREE:
-        store_split(OUT, row, channel, value, inside, COLUMNS)
+        store_split(out_ptr, row, channel, value, inside, C)
     else:
-        tl.store(OUT + row[:, None] * OUT_STRIDE + channel[None, :], value.to(OUT.dtype.element_ty), mask=inside)
+        pair_ptr = out_ptr + row[:, None] * OUT_STRIDE + channel[None, :]
+        tl.store(pair_ptr, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "largest"])
 def coupling_rows_kernel(
-    X,  # [N, C] fp32
-    OUT,  # [N, C] fp32
-    LOST,  # [N] uint8
-    rows,
-    largest,
+    x_ptr,  # [N, C] float32
+    out_ptr,  # [N, C] float32
+    lost_ptr,  # [N] uint8
+    rows,  # int32, N
+    largest,  # float32
     C: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     inside = row < rows
-    unusable = tl.zeros((BR, BC), tl.int32)
-    for first in range(0, C, BC):
-        channel = first + tl.arange(0, BC)
+    unusable = tl.zeros((BM, BK), tl.int32)
+    for first in range(0, C, BK):
+        channel = first + tl.arange(0, BK)
         mask = inside[:, None] & (channel < C)[None, :]
-        x = tl.load(X + row[:, None] * C + channel[None, :], mask=mask, other=0.0)  # [BR, BC]
+        x = tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=mask, other=0.0)  # [BM, BK]
         unusable += 1 - (tl.abs(x) <= largest).to(tl.int32)  # NaN compares false
-    lost = tl.sum(unusable, 1) > 0
-    tl.store(LOST + row, lost.to(tl.uint8), mask=inside)
-    for first in range(0, C, BC):
-        channel = first + tl.arange(0, BC)
+    lost = tl.sum(unusable, 1) > 0  # [BM]
+    tl.store(lost_ptr + row, lost.to(tl.uint8), mask=inside)
+    for first in range(0, C, BK):
+        channel = first + tl.arange(0, BK)
         mask = inside[:, None] & (channel < C)[None, :]
-        at = row[:, None] * C + channel[None, :]
-        x = tl.load(X + at, mask=mask, other=0.0)
-        tl.store(OUT + at, tl.where(lost[:, None], 0.0, x), mask=mask)
+        offset = row[:, None] * C + channel[None, :]  # [BM, BK]
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0)  # [BM, BK]
+        tl.store(out_ptr + offset, tl.where(lost[:, None], 0.0, x), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "layer_stride"])
 def coupling_clear_kernel(
-    DATA,  # [L, N, WIDTH]
-    LOST,  # [N] uint8
-    rows,
-    layer_stride,
-    WIDTH: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    data_ptr,  # [L, N, C] any float
+    lost_ptr,  # [N] uint8
+    rows,  # int32, N
+    layer_stride,  # int64
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    lost = tl.load(LOST + row, mask=row < rows, other=0) != 0
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    lost = tl.load(lost_ptr + row, mask=row < rows, other=0) != 0  # [BM]
     if tl.sum(lost.to(tl.int32), 0) > 0:
-        line = DATA + tl.program_id(1).to(tl.int64) * layer_stride + row[:, None] * WIDTH
-        for first in range(0, WIDTH, BC):
-            column = first + tl.arange(0, BC)
-            tl.store(line + column[None, :], 0.0, mask=lost[:, None] & (column < WIDTH)[None, :])
+        row_ptr = data_ptr + tl.program_id(1).to(tl.int64) * layer_stride + row[:, None] * C  # [BM, 1]
+        for first in range(0, C, BK):
+            channel = first + tl.arange(0, BK)
+            tl.store(row_ptr + channel[None, :], 0.0, mask=lost[:, None] & (channel < C)[None, :])
 
 
 def coupling_operand(x: Tensor, out: Tensor, *, three: bool = False, tiles: Mapping[str, int] | None = None) -> None:
-    """Writes x [N, K] into out, in the type of a matrix product's operand.
+    """Copy x [N, C] into out, in the type of a matrix product's operand.
 
-    `out` is [N, K], a view into longer rows if need be, or [N, 3 K] for high | low | high. `tiles` overrides the tile
-    sizes chosen.
+    `out` is [N, C], possibly a view into longer rows, or [N, 3 * C] for high | low | high. `tiles` overrides the chosen
+    tile sizes.
     """
-    rows, columns = x.shape
+    rows, channels = x.shape
     assert x.dtype == torch.float32
-    assert out.shape == (rows, 3 * columns if three else columns)
-    assert columns == 1 or x.stride(1) == out.stride(1) == 1
+    assert out.shape == (rows, 3 * channels if three else channels)
+    assert channels == 1 or x.stride(1) == out.stride(1) == 1
     assert not three or out.is_contiguous()
-    if rows and columns:
+    if rows and channels:
         chosen = dict(chosen_tiles("coupling_forward", "operand", x.device) if tiles is None else tiles)
         with torch.cuda.device_of(x):
-            coupling_operand_kernel[(triton.cdiv(rows, chosen["BR"]), triton.cdiv(columns, chosen["BC"]))](
-                x, out, rows, COLUMNS=columns, X_STRIDE=x.stride(0), OUT_STRIDE=out.stride(0), THREE=three, **chosen,
-            )  # fmt: skip
+            coupling_operand_kernel[(triton.cdiv(rows, chosen["BM"]), triton.cdiv(channels, chosen["BK"]))](
+                x,
+                out,
+                rows,
+                C=channels,
+                X_STRIDE=x.stride(0),
+                OUT_STRIDE=out.stride(0),
+                THREE=three,
+                **chosen,
+            )
 
 
 def coupling_rows(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """x [N, C] with zeros for the rows that hold a NaN or a value beyond +-largest, and which rows these are, bool [N].
+    """Return x [N, C] with zeros in the rows that hold a NaN or a value beyond +-largest, and the mask of these rows.
 
-    Zeros travel through a flow and back without touching any other row's gradient; a NaN does not.
+    Zeros go through a flow and back without affecting the gradient of any other row; a NaN would spread. The mask is
+    bool [N].
     """
     assert x.dtype == torch.float32
     assert x.is_contiguous()
@@ -133,22 +149,22 @@ def coupling_rows(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     if rows:
         chosen = chosen_tiles("coupling_forward", "rows", x.device)
         with torch.cuda.device_of(x):
-            coupling_rows_kernel[(triton.cdiv(rows, chosen["BR"]),)](
+            coupling_rows_kernel[(triton.cdiv(rows, chosen["BM"]),)](
                 x, clean, lost, rows, largest, C=channels, **chosen
             )
     return clean, lost.view(torch.bool)
 
 
 def coupling_clear(data: Tensor, lost: Tensor) -> None:
-    """Zeros for the rows of data [L, N, K] that are lost, bool [N]; the others are not even read."""
-    layers, rows, width = data.shape
+    """Set the rows of data [L, N, C] that are lost (bool [N]) to zero; the others are not read."""
+    layers, rows, channels = data.shape
     assert lost.shape == (rows,)
     assert lost.dtype == torch.bool
     assert lost.is_contiguous()
-    assert data.stride()[1:] == (width, 1) or rows <= 1
+    assert data.stride()[1:] == (channels, 1) or rows <= 1
     if data.numel():
         chosen = chosen_tiles("coupling_forward", "rows", data.device)
         with torch.cuda.device_of(data):
-            coupling_clear_kernel[(triton.cdiv(rows, chosen["BR"]), layers)](
-                data, lost.view(torch.uint8), rows, data.stride(0), WIDTH=width, **chosen
+            coupling_clear_kernel[(triton.cdiv(rows, chosen["BM"]), layers)](
+                data, lost.view(torch.uint8), rows, data.stride(0), C=channels, **chosen
             )

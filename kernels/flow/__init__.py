@@ -1,1 +1,1 @@
-"""Kernels of the flow for up to 256 channels."""
+"""Kernels of the flow for up to 256 channels: forward, gradients, and the prepared weights."""

@@ -15,7 +15,7 @@ from fastbgad.backbones.frozen_network import FrozenCopy, PackedConvolution, fro
 
 
 def lively(net: nn.Module) -> nn.Module:
-    """In evaluation mode, with batch normalisations that do something."""
+    """In evaluation mode, with batch normalizations that do something."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in net.modules():

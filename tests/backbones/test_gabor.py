@@ -15,7 +15,7 @@ from fastbgad.errors import BackboneError, FeatureError
 
 
 def texture(batch: int, size: tuple[int, int] = (96, 96), seed: int = 0) -> Tensor:
-    """Smoothed noise in three slightly different colours, uint8."""
+    """Smoothed noise in three slightly different colors, uint8."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch, 1, *size, generator=generator)
     smooth = torch.nn.functional.avg_pool2d(noise, 3, stride=1, padding=1)
@@ -121,7 +121,7 @@ def test_no_images_or_images_without_texture_are_refused() -> None:
     backbone = GaborBackbone()
     with pytest.raises(FeatureError, match="no batch of normal images"):
         backbone.fit([])
-    with pytest.raises(FeatureError, match="all of one colour"):
+    with pytest.raises(FeatureError, match="all of one color"):
         backbone.fit([torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)])
     assert backbone.needs_fit
     with pytest.raises(FeatureError, match="span nan"):
@@ -129,12 +129,12 @@ def test_no_images_or_images_without_texture_are_refused() -> None:
 
 
 def test_grey_normals_make_colour_an_anomaly_and_stay_finite() -> None:
-    grey = texture(6)[:, :1].expand(-1, 3, -1, -1)
+    gray = texture(6)[:, :1].expand(-1, 3, -1, -1)
     backbone = GaborBackbone()
-    backbone.fit([grey])
-    stained = grey[:1].clone()
+    backbone.fit([gray])
+    stained = gray[:1].clone()
     stained[:, 2, 40:56, 40:56] //= 2
-    clean, dirty = backbone(grey[:1])[0][0], backbone(stained)[0][0]
+    clean, dirty = backbone(gray[:1])[0][0], backbone(stained)[0][0]
     assert torch.isfinite(dirty).all()
     assert dirty[:, 11:13, 11:13].abs().max() > 2 * clean.abs().max()
     assert dirty.abs().max() < 60

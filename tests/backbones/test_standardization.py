@@ -15,7 +15,7 @@ from fastbgad.convert.model import from_model
 from fastbgad.convert.standardizing_layers import standardizing_layers, with_standardizing_layers
 from fastbgad.data import decoded as decoded_module
 from fastbgad.errors import BackboneError, CheckpointError, FeatureError
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import ImageFeatures, ImageReading, StoreOptions
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.model import BGAD
 from fastbgad.model.flow import ConditionalFlow
@@ -237,10 +237,10 @@ def test_each_image_goes_through_the_network_once(name: str, tmp_path: Path, mon
     encoded = []
     extract = type(backbone).extract
     monkeypatch.setattr(type(backbone), "extract", lambda self, batch: encoded.extend(batch) or extract(self, batch))
-    features = ImageFeatures(backbone, (SIZE, SIZE), images, split.normals, batch_size=2)
+    features = ImageFeatures(backbone, (SIZE, SIZE), images, split.normals, reading=ImageReading(batch_size=2))
     features.extract(images)
     assert len(seen) == len(set(seen)) == len(images)
-    assert len(encoded) == len(images) + 1  # and a grey one, which tells the sizes of the levels
+    assert len(encoded) == len(images) + 1  # and a gray one, which tells the sizes of the levels
     monkeypatch.undo()
     for sample in (split.normals[0], split.normals[-1], split.test[0]):
         expected = backbone(load(sample, (SIZE, SIZE)).image[None])
@@ -253,7 +253,8 @@ def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
     """Features are standardized in float32 and then stored in float16, not the other way round."""
     split = tiny_split(tmp_path / "data")
     backbone = create_backbone(NET, (1,), "random")
-    features = ImageFeatures(backbone, (SIZE, SIZE), split.normals, split.normals, dtype=torch.float16, batch_size=5)
+    store, reading = StoreOptions(dtype=torch.float16), ImageReading(batch_size=5)
+    features = ImageFeatures(backbone, (SIZE, SIZE), split.normals, split.normals, store=store, reading=reading)
     features.extract(split.normals)
     images = torch.stack([features.decoded(sample).image for sample in split.normals])
     expected = backbone(images)[0].half()

@@ -130,12 +130,14 @@ def test_a_part_of_the_work_counts_as_often_as_it_is_contained(monkeypatch: pyte
     assert entries["ours"]["speed"] == 100
 
 
-def test_memory_is_measured_in_calls_of_their_own() -> None:
-    calls = Calls()
-    result = measure(comparison({"base": calls.contender("base")}, memory=True))
-    assert calls.of["base"] == 6
-    peak = result["contenders"]["base"]["peak_mib"]
-    assert peak is None or peak >= 0
+def test_memory_is_measured_in_calls_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for peak_bytes, peak_mib in ((3 * 2**20, 3), (None, None)):
+        monkeypatch.setattr(harness, "peak_bytes", lambda call, device, peak=peak_bytes: (call(), peak)[1])
+        calls = Calls()
+        entry = measure(comparison({"base": calls.contender("base")}, memory=True))["contenders"]["base"]
+        assert calls.of["base"] == 6  # once for the error, 1 + 3 times for the clock, once for memory
+        assert entry["peak_mib"] == peak_mib
+    assert "peak_mib" not in measure(comparison({"base": calls.contender("base")}))["contenders"]["base"]
 
 
 def test_tracked_is_the_last_of_ours_that_was_timed() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastbgad
-from fastbgad.compat.bgad import functions as bgad
+from fastbgad.compat import bgad
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.ops.positional_tensor import PositionalEncoding
 

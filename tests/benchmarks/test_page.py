@@ -21,16 +21,27 @@ def result(name: str, times: dict[str, float], others: dict[str, Any] | None = N
     base = times[FREIA]
     entries = {
         contender: {
-            "error": 2e-6, "median_ms": ms, "fastest_ms": ms, "speed": base / ms, "images_per_s": 1e3 / ms,
+            "error": 2e-6,
+            "median_ms": ms,
+            "fastest_ms": ms,
+            "speed": base / ms,
+            "images_per_s": 1e3 / ms,
             "peak_mib": 2 * ms,
         }
         for contender, ms in times.items()
-    }  # fmt: skip
+    }
     return {
-        "name": name, "baseline": FREIA, "sizes": sizes, "images": 1, "rounds": 9,
-        "contenders": entries | (others or {}), "date": "2026-02-03", "commit": "0123abc",
-        "machine": "Some CPU, AVX2, 2 threads", "versions": {"torch": "2.11.0"},
-    }  # fmt: skip
+        "name": name,
+        "baseline": FREIA,
+        "sizes": sizes,
+        "images": 1,
+        "rounds": 9,
+        "contenders": entries | (others or {}),
+        "date": "2026-02-03",
+        "commit": "0123abc",
+        "machine": "Some CPU, AVX2, 2 threads",
+        "versions": {"torch": "2.11.0"},
+    }
 
 
 def by_rows(*counts: int) -> list[dict[str, Any]]:
@@ -70,18 +81,30 @@ def gpu_run(**entries: Any) -> dict[str, Any]:
     case = {"name": "flow, 64 rows", "baseline": "eager FrEIA", "notes": [], "contenders": entries, "floor_us": 10.0}
     refused = {"name": "boundary, 64 rows", "refused": "the equivalence tests of boundary failed"}
     return {
-        "measured": True, "date": "2026-02-04 10:00 UTC", "commit": "4567def", "changed_files": False,
-        "machine": {"gpu": "Some GPU, 80 GiB"}, "driver": "1.2", "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "measured": True,
+        "date": "2026-02-04 10:00 UTC",
+        "commit": "4567def",
+        "changed_files": False,
+        "machine": {"gpu": "Some GPU, 80 GiB"},
+        "driver": "1.2",
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
         "equivalence": {"flow": {"passed": 5, "failed": []}},
-        "ceilings": {"copy_bytes_per_second": 1e9, "matrix_flops_per_second": 2e12}, "cases": [case, refused],
-    }  # fmt: skip
+        "ceilings": {"copy_bytes_per_second": 1e9, "matrix_flops_per_second": 2e12},
+        "cases": [case, refused],
+    }
 
 
 def gpu_entry(microseconds: float) -> dict[str, Any]:
     return {
-        "relative_error": 1e-5, "median_us": microseconds, "low_us": microseconds, "high_us": microseconds,
-        "rounds": 30, "peak_bytes": 3 << 20, "speed": 400 / microseconds, "fraction_of_floor": 10 / microseconds,
-    }  # fmt: skip
+        "relative_error": 1e-5,
+        "median_us": microseconds,
+        "low_us": microseconds,
+        "high_us": microseconds,
+        "rounds": 30,
+        "peak_bytes": 3 << 20,
+        "speed": 400 / microseconds,
+        "fraction_of_floor": 10 / microseconds,
+    }
 
 
 def test_without_results_it_says_so(folder: Path) -> None:

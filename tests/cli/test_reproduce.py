@@ -14,15 +14,14 @@ import pytest
 
 from fastbgad.__main__ import main
 from fastbgad.cli.parser import parse
-from fastbgad.cli.reproduce import plans_of
-from fastbgad.cli.reproduce_options import Reproduce
+from fastbgad.cli.reproduce import Reproduce, plans_of
 from fastbgad.errors import ConfigError, FeatureError, Notice
 from fastbgad.experiments.plan.cells import Cell, CellResult
 from fastbgad.experiments.plan.plan import cells_of
 from fastbgad.experiments.plan.protocol import names, table_names
 from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running.ledger import Ledger
-from fastbgad.system.ranks import Place
+from fastbgad.system.ranks import Rank
 from tests import ROOT
 from tests.cells import FakeRunner, result_of
 from tests.miniature import make_miniature
@@ -271,7 +270,7 @@ def test_what_fails_or_is_missing_is_listed(
 def test_only_the_first_process_speaks(
     data: Path, tmp_path: Path, runners: list[FakeRunner], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr("fastbgad.cli.reproduce.find_place", lambda: Place(1, 2, 1, 2, "slurm"))
+    monkeypatch.setattr("fastbgad.cli.reproduce.find_rank", lambda: Rank(1, 2, 1, 2, "slurm"))
     shutil.copytree(data / "btad" / "01", tmp_path / "data" / "01")
     assert reproduce(tmp_path / "data", tmp_path / "run", "btad", "--dry-run") == 0
     # It says nothing of the two categories that are missing either, and is no failure: that would stop the others.

@@ -51,10 +51,10 @@ def test_masks_cover_what_was_altered(demo):
                 continue
             mask = read_mask(sample.mask)
             assert 0.001 < mask.mean() < 0.15, sample
-            # Photographs are grey up to a constant tint; only defects bring in other colours.
+            # Photographs are gray up to a constant tint; only defects bring in other colors.
             image = read_image(sample.image).astype(int)
-            colour = image[:, :, 0] - image[:, :, 2]
-            strange = np.abs(colour - np.median(colour)) > 20
+            color = image[:, :, 0] - image[:, :, 2]
+            strange = np.abs(color - np.median(color)) > 20
             assert not (strange & ~mask).any(), sample
 
 
@@ -65,7 +65,7 @@ def test_training_and_test_come_from_disjoint_halves(demo):
     category = open_category(demo, "brick")
 
     def best_column(path: Path) -> int:
-        """Where in the photograph the crop fits best, by normalised correlation of the whole crop."""
+        """Where in the photograph the crop fits best, by normalized correlation of the whole crop."""
         crop = read_image(path).mean(axis=2)
         best, column = -2.0, -1
         for pixels in (crop, crop[:, ::-1]):

@@ -24,7 +24,7 @@ def rgb() -> np.ndarray:
 
 
 @pytest.fixture
-def grey() -> np.ndarray:
+def gray() -> np.ndarray:
     return np.random.default_rng(RNG_SEED).integers(0, 256, TALL, dtype=np.uint8)
 
 
@@ -44,44 +44,44 @@ def test_rgb_is_read_exactly(tmp_path, rgb, suffix):
     assert image_size(path) == TALL
 
 
-def test_greyscale_is_repeated(tmp_path, grey):
-    image = read_image(save(tmp_path / "a.png", grey))
+def test_greyscale_is_repeated(tmp_path, gray):
+    image = read_image(save(tmp_path / "a.png", gray))
     assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image, np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(image, np.stack([gray] * 3, axis=2))
 
 
-def test_alpha_is_dropped_and_colours_are_kept(tmp_path, rgb, grey):
-    alpha = np.concatenate([rgb, grey[:, :, None]], axis=2)
+def test_alpha_is_dropped_and_colours_are_kept(tmp_path, rgb, gray):
+    alpha = np.concatenate([rgb, gray[:, :, None]], axis=2)
     alpha[:5, :, 3] = 0
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", alpha)), rgb)
 
 
-def test_palette_is_looked_up(tmp_path, grey):
-    indexed = Image.fromarray(grey % 4, mode="P")
-    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 150, 7], [1, 2, 255]], np.uint8)
-    indexed.putpalette(colours.ravel().tolist())
+def test_palette_is_looked_up(tmp_path, gray):
+    indexed = Image.fromarray(gray % 4, mode="P")
+    colors = np.array([[10, 20, 30], [200, 0, 0], [0, 150, 7], [1, 2, 255]], np.uint8)
+    indexed.putpalette(colors.ravel().tolist())
     indexed.save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours[grey % 4])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colors[gray % 4])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path, grey, name):
-    image = read_image(save(tmp_path / name, grey.astype(np.uint16) * 257))
-    np.testing.assert_array_equal(image[:, :, 0], grey)
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, gray, name):
+    image = read_image(save(tmp_path / name, gray.astype(np.uint16) * 257))
+    np.testing.assert_array_equal(image[:, :, 0], gray)
 
 
-def test_32_bit_integers_are_scaled_like_16_bits(tmp_path, grey):
-    path = save(tmp_path / "a.tif", grey.astype(np.int32) * 257)
-    np.testing.assert_array_equal(read_image(path)[:, :, 1], grey)
-    refuses(read_image, save(tmp_path / "b.tif", grey.astype(np.int32) * 257 + 70000), "outside 0..65535")
-    refuses(read_image, save(tmp_path / "c.tif", grey.astype(np.int32) - 300), "outside 0..65535")
+def test_32_bit_integers_are_scaled_like_16_bits(tmp_path, gray):
+    path = save(tmp_path / "a.tif", gray.astype(np.int32) * 257)
+    np.testing.assert_array_equal(read_image(path)[:, :, 1], gray)
+    refuses(read_image, save(tmp_path / "b.tif", gray.astype(np.int32) * 257 + 70000), "outside 0..65535")
+    refuses(read_image, save(tmp_path / "c.tif", gray.astype(np.int32) - 300), "outside 0..65535")
 
 
-def test_floats_must_lie_in_the_unit_interval(tmp_path, grey):
-    path = save(tmp_path / "a.tif", (grey / 255).astype(np.float32))
-    np.testing.assert_array_equal(read_image(path)[:, :, 2], grey)
-    refuses(read_image, save(tmp_path / "b.tif", grey.astype(np.float32)), "outside 0..1")
-    broken = (grey / 255).astype(np.float32)
+def test_floats_must_lie_in_the_unit_interval(tmp_path, gray):
+    path = save(tmp_path / "a.tif", (gray / 255).astype(np.float32))
+    np.testing.assert_array_equal(read_image(path)[:, :, 2], gray)
+    refuses(read_image, save(tmp_path / "b.tif", gray.astype(np.float32)), "outside 0..1")
+    broken = (gray / 255).astype(np.float32)
     broken[0, 0] = np.nan
     refuses(read_image, save(tmp_path / "c.tif", broken), "nan")
 
@@ -152,8 +152,8 @@ def test_decompression_bomb_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [1, 128, 255])
-def test_masks_of_two_values(tmp_path, grey, value):
-    expected = grey > 100
+def test_masks_of_two_values(tmp_path, gray, value):
+    expected = gray > 100
     for name, pixels in {
         "L.png": expected.astype(np.uint8) * value,
         "RGB.png": np.stack([expected.astype(np.uint8) * value] * 3, axis=2),
@@ -165,11 +165,11 @@ def test_masks_of_two_values(tmp_path, grey, value):
         np.testing.assert_array_equal(mask, expected)
 
 
-def test_masks_of_one_bit_and_with_a_reversed_palette(tmp_path, grey):
-    expected = grey > 100
+def test_masks_of_one_bit_and_with_a_reversed_palette(tmp_path, gray):
+    expected = gray > 100
     Image.fromarray(expected).save(tmp_path / "bit.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "bit.png"), expected)
-    # Index 0 is white here: the colours count, not the indices.
+    # Index 0 is white here: the colors count, not the indices.
     indexed = Image.fromarray((~expected).astype(np.uint8), mode="P")
     indexed.putpalette([255, 255, 255, 0, 0, 0])
     indexed.save(tmp_path / "palette.png")
@@ -187,28 +187,28 @@ def test_mask_with_three_values_is_refused(tmp_path):
     pixels = np.zeros(TALL, np.uint8)
     pixels[5:9], pixels[9] = 255, 128
     refuses(read_mask, save(tmp_path / "a.png", pixels), "3 different values", "0, 128, 255", "threshold")
-    coloured = np.zeros((*TALL, 3), np.uint8)
-    coloured[5:9], coloured[9] = (255, 0, 0), (0, 255, 0)
-    refuses(read_mask, save(tmp_path / "b.png", coloured), "3 different values", "#ff0000")
+    colored = np.zeros((*TALL, 3), np.uint8)
+    colored[5:9], colored[9] = (255, 0, 0), (0, 255, 0)
+    refuses(read_mask, save(tmp_path / "b.png", colored), "3 different values", "#ff0000")
     pixels[pixels == 0] = 7
     refuses(read_mask, save(tmp_path / "c.png", pixels), "7, 128, 255")
 
 
-def test_resized_images_are_antialiased_and_masks_stay_binary(rgb, grey):
+def test_resized_images_are_antialiased_and_masks_stay_binary(rgb, gray):
     stripes = np.zeros((60, 60, 3), np.uint8)
     stripes[::3] = 255
     # Without antialiasing a reduction by 3 reads the middle one of every three rows, which is black.
     assert np.abs(resize_image(stripes, (20, 20))[2:-2].astype(int) - 85).max() < 20
     assert resize_image(rgb, (33, 50)).shape == (33, 50, 3)
     assert resize_image(rgb, TALL) is rgb
-    mask = resize_mask(grey > 100, (31, 57))
+    mask = resize_mask(gray > 100, (31, 57))
     assert mask.shape == (31, 57)
     assert mask.dtype == bool
-    doubled = resize_mask(grey > 100, (80, 48))
-    np.testing.assert_array_equal(doubled, np.kron(grey > 100, np.ones((2, 2), bool)))
-    np.testing.assert_array_equal(resize_mask(doubled.repeat(3, 0), TALL), grey > 100)
+    doubled = resize_mask(gray > 100, (80, 48))
+    np.testing.assert_array_equal(doubled, np.kron(gray > 100, np.ones((2, 2), bool)))
+    np.testing.assert_array_equal(resize_mask(doubled.repeat(3, 0), TALL), gray > 100)
     single = np.zeros((9, 9), bool)
-    single[4, 4] = True  # the middle of its 3 x 3 neighbours, so the nearest pixel keeps it and a mean would not
+    single[4, 4] = True  # the middle of its 3 x 3 neighbors, so the nearest pixel keeps it and a mean would not
     np.testing.assert_array_equal(resize_mask(single, (3, 3)), single[1::3, 1::3])
 
 

@@ -15,7 +15,6 @@ from fastbgad.data import (
     load_sample,
     open_category,
     rand_augment_cut_paste,
-    repeat_anomalies,
     split_known_anomalies,
     synthesis,
 )
@@ -106,9 +105,9 @@ def test_the_centre_lies_in_the_foreground(scene):
     for seed in range(20):
         _, pasted = rand_augment_cut_paste(normal, anomalous, mask, foreground, seeded(seed))
         rows, columns = ndimage.find_objects(pasted.numpy().astype(int))[0]
-        centre = (rows.start + (rows.stop - rows.start) // 2, columns.start + (columns.stop - columns.start) // 2)
-        assert foreground[centre]
-        centres.add(centre)
+        center = (rows.start + (rows.stop - rows.start) // 2, columns.start + (columns.stop - columns.start) // 2)
+        assert foreground[center]
+        centres.add(center)
     assert len(centres) > 12
 
 
@@ -174,14 +173,6 @@ def test_unfit_arguments(scene):
 def test_impossible_recipes(arguments):
     with pytest.raises(ConfigError):
         AnomalySynthesis(**arguments)
-
-
-def test_repeated_utilisation(tmp_path):
-    make_mvtec(tmp_path)
-    known = open_category(tmp_path).test[:2]
-    assert repeat_anomalies(known, 3) == [known[0]] * 3 + [known[1]] * 3
-    with pytest.raises(ConfigError):
-        repeat_anomalies(known, 0)
 
 
 @pytest.fixture

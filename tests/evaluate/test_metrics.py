@@ -292,7 +292,7 @@ def with_value(value: float) -> np.ndarray:
         (lambda: aupro(MAPS, MASKS, 1.5), r"limit is 1.5"),
         (lambda: aupro(MAPS, MASKS, float("nan")), r"limit is nan"),
         (lambda: evaluate(MAPS, MASKS, [1.0, 2.0, 3.0], [0, 1, 1]), "2 maps but image scores of shape"),
-        (lambda: evaluate(MAPS, MASKS, [1.0, 2.0], [1, 0]), "image 1 is labelled normal but its mask"),
+        (lambda: evaluate(MAPS, MASKS, [1.0, 2.0], [1, 0]), "image 1 is labeled normal but its mask"),
         (lambda: evaluate(MAPS, MASKS, [1.0, 2.0], [1, 1]), "there is no normal image"),
     ],
 )

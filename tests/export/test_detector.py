@@ -67,9 +67,6 @@ def onnx_file(gabor: BGAD, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# ----------------------------------------------------------- the formats
-
-
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_onnx_runtime(gabor: BGAD, onnx_file: Path, batch: int) -> None:
     import onnxruntime
@@ -122,6 +119,7 @@ def test_torch_export(resnet: BGAD, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow  # the C++ compiler alone takes half a minute
 def test_aoti(tiny: BGAD, tmp_path: Path) -> None:
     path = tmp_path / "detector.pt2"
     export_detector(tiny, path, "aoti")
@@ -144,9 +142,6 @@ def test_a_narrow_backbone_is_exported_in_float32(tmp_path: Path) -> None:
     assert next(model.backbone.parameters()).dtype == torch.bfloat16
     state = torch.export.load(tmp_path / "m.pt2").state_dict
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
-
-
-# ----------------------------------------------------------- the command
 
 
 def test_the_command(tiny: BGAD, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -205,9 +200,6 @@ def test_the_example_scores_image_files(gabor: BGAD, onnx_file: Path, tmp_path: 
     usage = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert usage.returncode == 1
     assert "usage" in usage.stderr
-
-
-# ------------------------------------------------- what is refused, and how
 
 
 @pytest.fixture
@@ -313,7 +305,7 @@ def test_a_device_for_onnx(tiny: BGAD, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_model_too_large_for_onnx(tiny: BGAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(export_formats, "MOST_ONNX_BYTES", 1000)
-    with pytest.raises(BackendError, match="an ONNX file ends at 2 GiB; choose the format torch-export"):
+    with pytest.raises(BackendError, match="an ONNX file holds 2 GiB at most; choose the format torch-export"):
         export_detector(tiny, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -14,8 +14,7 @@ from fastbgad.backbones import create_backbone
 from fastbgad.data import AnomalySynthesis, AugmentedAnomalies, Split
 from fastbgad.data import decoded as decoded_module
 from fastbgad.errors import ConfigError, DataError
-from fastbgad.features import FeatureStore
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import FeatureStore, ImageFeatures, ImageReading
 from fastbgad.model import BGAD
 from fastbgad.train.fit import fit, spare_slots
 from fastbgad.train.synthesis_ahead import SynthesisAhead
@@ -32,7 +31,8 @@ def split(tmp_path: Path) -> Split:
 
 def features_of(split: Split, spare: int = 0) -> ImageFeatures:
     samples = [*split.normals, *split.known_anomalies, *split.test]
-    return ImageFeatures(create_backbone("gabor"), (SIZE, SIZE), samples, split.normals, spare, batch_size=3)
+    reading = ImageReading(batch_size=3)
+    return ImageFeatures(create_backbone("gabor"), (SIZE, SIZE), samples, split.normals, spare, reading=reading)
 
 
 def test_every_image_is_read_and_encoded_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_features_of_another_run_are_refused(split: Split) -> None:
     with pytest.raises(ConfigError, match="another backbone"):
         fit(tiny_model(config), split, config, features=features)
     model = BGAD(features.backbone, (SIZE, SIZE), flow=config.flow)
-    with pytest.raises(ConfigError, match="0 spare slots but the run synthesises 8"):
+    with pytest.raises(ConfigError, match="0 spare slots but the run synthesizes 8"):
         fit(model, split, config, features=features)
 
 
@@ -129,7 +129,7 @@ def test_synthesis_in_the_background_has_one_stream(fake_cuda: FakeCuda, monkeyp
 
 
 def test_an_anomaly_that_cannot_be_pasted_ends_training_with_its_name(split: Split) -> None:
-    vanished = split.known_anomalies[0]._replace(mask=split.normals[0].image)  # no mask at all, but a grey photograph
+    vanished = split.known_anomalies[0]._replace(mask=split.normals[0].image)  # no mask at all, but a gray photograph
     broken = replace(split, known_anomalies=(vanished,))
     config = tiny_config()
     with pytest.raises(DataError, match=str(vanished.mask)):

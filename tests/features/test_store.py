@@ -9,7 +9,7 @@ import torch
 
 from fastbgad.backbones import create_backbone
 from fastbgad.errors import ConfigError, FeatureError, OutputError
-from fastbgad.features import FeatureStore, cell_mask
+from fastbgad.features import FeatureStore, StoreOptions, cell_mask
 from fastbgad.features.store import extract_into
 
 
@@ -24,7 +24,7 @@ def backbone():
 @pytest.mark.parametrize("placement", ["auto", "memory", "device", "disk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_round_trip(backbone, tmp_path: Path, placement: str, dtype: torch.dtype) -> None:
-    store = FeatureStore(backbone, (64, 80), 5, placement=placement, folder=tmp_path, dtype=dtype)
+    store = FeatureStore(backbone, (64, 80), 5, StoreOptions(placement=placement, folder=tmp_path, dtype=dtype))
     assert store.placement == ("disk" if placement == "disk" else "memory")
     assert len(list(tmp_path.iterdir())) == (placement == "disk")
     images = torch.randint(0, 255, (4, 3, 64, 80), dtype=torch.uint8)
@@ -37,7 +37,7 @@ def test_round_trip(backbone, tmp_path: Path, placement: str, dtype: torch.dtype
     features = backbone(images)
     for level, (channels, height, width) in enumerate(store.shapes):
         slot, position = torch.tensor([4, 2, 1, 4]), torch.tensor([0, height * width - 1, width + 1, 3])
-        index = store.rows(level, slot, position)
+        index = slot * height * width + position
         rows, anomalous = store.gather(level, index), store.labels(level, index)
         patches = store.patches(level)
         assert (patches is None) == (placement == "disk" and store.device.type != "cpu")
@@ -78,12 +78,12 @@ def test_features_that_are_not_finite(backbone, value: float) -> None:
 
 def test_a_disk_that_is_too_small(backbone, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="free some space"):
-        FeatureStore(backbone, (64, 64), 10**9, placement="disk", folder=tmp_path)
+        FeatureStore(backbone, (64, 64), 10**9, StoreOptions(placement="disk", folder=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_placement(backbone) -> None:
-    with pytest.raises(ConfigError, match="choose auto"):
-        FeatureStore(backbone, (64, 64), 1, placement="cloud")
+    with pytest.raises(ConfigError, match="choose one of auto"):
+        FeatureStore(backbone, (64, 64), 1, StoreOptions(placement="cloud"))
     with pytest.raises(ConfigError, match="GPU"):
-        FeatureStore(backbone, (64, 64), 1, placement="pinned")
+        FeatureStore(backbone, (64, 64), 1, StoreOptions(placement="pinned"))

@@ -25,12 +25,13 @@ from fastbgad.kernels.tile_sizes import (
     tiles,
     use_tiles,
 )
-from fastbgad.kernels.variant import MODULES, TuningCase
+from fastbgad.kernels.tune.command import require_writable
+from fastbgad.kernels.variants import MODULES, TuningCase
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_NAME = "NVIDIA H100 80GB HBM3"
-DEFAULT = {"BH": 8, "BW": 64, "num_warps": 4}
-OTHER = {"BH": 2, "BW": 32, "num_warps": 1}
+DEFAULT = {"TH": 8, "TW": 64, "num_warps": 4}
+OTHER = {"TH": 2, "TW": 32, "num_warps": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_default_on_the_cpu_without_a_notice() -> None:
 
 def test_the_result_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
-        tiles("score_map", "map", CPU)["BH"] = 1  # type: ignore[index]
+        tiles("score_map", "map", CPU)["TH"] = 1  # type: ignore[index]
 
 
 def test_an_untuned_gpu_is_noticed_once(configs: Path) -> None:
@@ -109,9 +110,9 @@ def test_a_file_chosen_by_the_user(tmp_path: Path) -> None:
         ({"tiles": []}, "the tiles must be a JSON object"),
         ({"tiles": {"score_map": 3}}, "score_map must be a JSON object"),
         ({"tiles": {"score_map": {"map": [8, 64]}}}, "score_map / map must be a JSON object"),
-        ({"tiles": {"score_map": {"map": {**OTHER, "BH": 2.5}}}}, "BH is 2.5, not a whole number"),
-        ({"tiles": {"score_map": {"map": {**OTHER, "BH": -1}}}}, "BH is -1, not a whole number"),
-        ({"tiles": {"score_map": {"map": {"BM": 8}}}}, "has BM where the kernel takes BH, BW, num_warps"),
+        ({"tiles": {"score_map": {"map": {**OTHER, "TH": 2.5}}}}, "TH is 2.5, not a whole number"),
+        ({"tiles": {"score_map": {"map": {**OTHER, "TH": -1}}}}, "TH is -1, not a whole number"),
+        ({"tiles": {"score_map": {"map": {"BM": 8}}}}, "has BM where the kernel takes TH, TW, num_warps"),
     ],
 )
 def test_a_malformed_file_is_named(tmp_path: Path, content: object, message: str) -> None:
@@ -144,10 +145,10 @@ def test_the_configs_are_resources_of_the_package() -> None:
 # --- the tuning command ----------------------------------------------------------------------------------------------
 
 SLOW, FAST, WRONG, FAILING = (
-    {"BH": 4, "BW": 4, "num_warps": 1},
-    {"BH": 8, "BW": 16, "num_warps": 1},
-    {"BH": 8, "BW": 8, "num_warps": 1},
-    {"BH": 3, "BW": 4, "num_warps": 1},  # not a power of two: Triton refuses it
+    {"TH": 4, "TW": 4, "num_warps": 1},
+    {"TH": 8, "TW": 16, "num_warps": 1},
+    {"TH": 8, "TW": 8, "num_warps": 1},
+    {"TH": 3, "TW": 4, "num_warps": 1},  # not a power of two: Triton refuses it
 )
 
 
@@ -185,7 +186,7 @@ def small_case(device: torch.device, candidates: Sequence[Mapping[str, int]]) ->
 
 
 def test_the_fastest_right_candidate_is_stored(device: torch.device, tmp_path: Path) -> None:
-    clock = FakeClock(lambda sizes: {4: 30.0, 16: 10.0, 8: 1.0}.get(sizes["BW"], 20.0))
+    clock = FakeClock(lambda sizes: {4: 30.0, 16: 10.0, 8: 1.0}.get(sizes["TW"], 20.0))
     lines: list[str] = []
     case = small_case(device, [SLOW, FAST, WRONG, FAILING])
     kept: list[tune.Tuned] = []
@@ -197,7 +198,7 @@ def test_the_fastest_right_candidate_is_stored(device: torch.device, tmp_path: P
     reasons = {tuple(sizes.values()): reason for sizes, reason in result.refused}
     assert "differs from that of the default tiles by 1.0e-03" in reasons[tuple(WRONG.values())]
     assert "power of 2" in reasons[tuple(FAILING.values())]
-    assert lines[0].startswith("[1/1] score_map / map: BH=8 BW=16")
+    assert lines[0].startswith("[1/1] score_map / map: TH=8 TW=16")
     assert "2.00x" in tune.result_table([result])
 
     path = tmp_path / "nvidia_test.json"
@@ -281,6 +282,6 @@ def test_the_command_without_a_gpu(monkeypatch, capsys) -> None:
     assert all(name in text for name in (*MODULES, "use_tiles", "--seconds"))
 
 
-def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(TilesError, match="--out"):
-        tune._require_writable(tmp_path / "absent" / "gpu.json")
+        require_writable(tmp_path / "absent" / "gpu.json")

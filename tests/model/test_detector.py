@@ -42,8 +42,8 @@ def test_prediction(trained, images) -> None:
     b_n, b_a = model.thresholds()
     assert torch.equal(prediction.decision == 2, prediction.anomaly_map > b_a)
     assert torch.equal(prediction.decision == 0, prediction.anomaly_map <= b_n)
-    oracle = model.predict(images, impl="reference")
-    assert torch.allclose(prediction.anomaly_map, oracle.anomaly_map, atol=1e-5)
+    reference = model.predict(images, impl="reference")
+    assert torch.allclose(prediction.anomaly_map, reference.anomaly_map, atol=1e-5)
 
 
 def test_an_image_scores_the_same_alone_or_in_a_batch(trained, images) -> None:

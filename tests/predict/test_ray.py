@@ -155,9 +155,7 @@ def test_a_worker_is_killed_and_a_shard_is_given_up(cluster: None, model: Path, 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     counts: list[int] = []
-    with pytest.raises(
-        BackendError, match=rf"1 shard has cost {ATTEMPTS} workers.*\n.*shard 2: .*06\.png to .*08\.png"
-    ):
+    with pytest.raises(BackendError, match=rf"1 shard crashed {ATTEMPTS} workers.*\n.*shard 2: .*06\.png to .*08\.png"):
         predict_with_ray(ray_run, device="cpu", ray_workers=1, on_images=counts.append)
     killer.join()
     assert len(killed) == 1
@@ -271,7 +269,7 @@ def test_bad_input_is_found_before_ray_starts(model: Path, photos: Path, tmp_pat
     assert not out.exists() or not list(out.iterdir())
     ray_run = open_ray_run(model, [photos], out)
     for options, message in (
-        ({"device": "cuda:1"}, "Ray chooses"),
+        ({"device": "cuda:1"}, "Ray assigns"),
         ({"ray_workers": 0}, "at least 1"),
         ({"gpus_per_worker": 1.5}, "whole number"),
     ):

@@ -43,7 +43,7 @@ def test_heat_overlay_follows_the_scores(dtype):
     assert painted.shape == flat.shape
     assert painted.dtype == np.uint8
     light = luminance(painted[0].astype(float))
-    # Outside the range the colour stays that of its end; inside, different scores look different.
+    # Outside the range the color stays that of its end; inside, different scores look different.
     assert (painted[0, scores[0] <= 0] == painted[0, 0]).all()
     assert (painted[0, scores[0] >= 2] == painted[0, -1]).all()
     inside = (scores[0] > 0) & (scores[0] < 2)
@@ -53,8 +53,8 @@ def test_heat_overlay_follows_the_scores(dtype):
 
 def test_heat_overlay_shows_the_photograph_and_survives_a_flat_map():
     painted = heat_overlay(PHOTO, np.zeros((20, 31)), 0.0, 0.0)
-    grey = PHOTO.astype(float) @ [0.299, 0.587, 0.114]
-    assert np.corrcoef(grey.ravel(), painted.sum(axis=2).ravel())[0, 1] > 0.99
+    gray = PHOTO.astype(float) @ [0.299, 0.587, 0.114]
+    assert np.corrcoef(gray.ravel(), painted.sum(axis=2).ravel())[0, 1] > 0.99
 
 
 def test_mask_contour_paints_the_border_only():
@@ -95,8 +95,8 @@ def test_a_defect_at_the_edge_has_no_line_along_the_edge():
     ("call", "error", "message"),
     [
         (lambda: heat_overlay(PHOTO, np.full((20, 31), np.nan), 0, 1), FeatureError, "NaN or Inf"),
-        (lambda: heat_overlay(PHOTO, np.zeros((20, 31)), 0, np.inf), FeatureError, "colour range"),
-        (lambda: heat_overlay(PHOTO, np.zeros((20, 31)), 1, 0), FeatureError, "colour range"),
+        (lambda: heat_overlay(PHOTO, np.zeros((20, 31)), 0, np.inf), FeatureError, "color range"),
+        (lambda: heat_overlay(PHOTO, np.zeros((20, 31)), 1, 0), FeatureError, "color range"),
         (
             lambda: heat_overlay(PHOTO, np.zeros((31, 20)), 0, 1),
             DataError,

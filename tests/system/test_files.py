@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from fastbgad.errors import OutputError
-from fastbgad.system.files import make_folder, sha256, write_bytes, write_json, write_text, write_with
+from fastbgad.system.files import create_new, make_folder, sha256, write_bytes, write_json, write_text, write_with
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -57,6 +58,26 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     for act in (lambda: make_folder(tmp_path / "file" / "x"), lambda: write_text(tmp_path / "file" / "x" / "a", "")):
         with pytest.raises(OutputError, match="cannot create the folder"):
             act()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_one_of_many_creates_a_file(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    path, made = tmp_path / "file", []
+    threads = [Thread(target=lambda n=n: made.append((create_new(path, b"%d" % n), n))) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [n for won, n in made if won]
+    assert len(winners) == 1
+    assert path.read_bytes() == b"%d" % winners[0]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def no_links(*_: object) -> None:
+    raise OSError(95, "Operation not supported")
 
 
 def test_json_refuses_nan(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from fastbgad.data import open_category, split_known_anomalies
 from fastbgad.errors import ConfigError
 from fastbgad.model import BGAD
 from fastbgad.progress import Progress
+from fastbgad.train import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from fastbgad.train.data_parallel import DataParallel
-from fastbgad.train.fit import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from tests.models import tiny_config, tiny_model, tiny_split
 
 # Two images of 64 pixels have 512, 128 and 32 patches: with an odd batch, processes hold different numbers of rows.
@@ -87,9 +87,9 @@ def _free_port() -> int:
 def test_several_processes_train_what_one_trains(world: int, tmp_path: Path) -> None:
     tiny_split(tmp_path / "data")
     mp.spawn(_process, (world, _free_port(), tmp_path / "data", tmp_path), nprocs=world)
-    alone = {name: trained(name, tmp_path / "data", None).state_dict() for name in RUNS}
     files = sorted(tmp_path.glob("*.pt"))
-    assert len(files) == (len(RUNS) + 1) * 2 if world == 2 else 3
+    alone = {name: trained(name, tmp_path / "data", None).state_dict() for name in RUNS if world == 2 or name == "bgad"}
+    assert len(files) == ((len(RUNS) + 1) * 2 if world == 2 else 3)
     for file in files:
         name = file.name.rsplit(" ", 2)[0].replace("resumed", "bgad")
         found = torch.load(file)

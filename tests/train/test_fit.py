@@ -18,7 +18,7 @@ from fastbgad.errors import CheckpointError, ConfigError, DataError, FeatureErro
 from fastbgad.model import BGAD
 from fastbgad.progress import Progress
 from fastbgad.reference import upsample_bilinear
-from fastbgad.train.fit import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
+from fastbgad.train import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from tests.models import SIZE, tiny_config, tiny_model, tiny_split
 
 METHODS = ["nfad", "bgad_without", "bgad_dagger", "bgad"]
@@ -41,7 +41,7 @@ def test_every_method_learns(split: Split, method: str) -> None:
     before = [parameter.clone() for parameter in model.flows.parameters()]
     result = fit(model, split, config)
     assert len(result.history) == 12
-    # Standardised features of noise start near the unit Gaussian: there is little likelihood to gain.
+    # Standardized features of noise start near the unit Gaussian: there is little likelihood to gain.
     assert result.history[1]["loss_ml"] < result.history[0]["loss_ml"] - 0.001
     if method in ("bgad", "bgad_dagger"):
         assert result.history[-1]["loss"] < result.history[2]["loss"]

@@ -2,13 +2,14 @@
 
     datamodule = with_known_anomalies(MVTecAD(root="mvtec", category="screw"), num_anomalies=10)
 
-anomalib 2.7 has no way of its own to train on labelled anomalies: its one model with a supervised mode
-(SuperSimpleNet) says that the data for it cannot be had. `KnownAnomalies` wraps a datamodule and moves a few.
+anomalib 2.7 cannot train on labeled anomalies by itself: its datamodules offer none, not even to SuperSimpleNet, its
+one model with a supervised mode. `KnownAnomalies` wraps a datamodule and moves a few anomalies to the training set.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,18 @@ try:
 except ModuleNotFoundError as error:
     raise MissingDependencyError(error.name or "anomalib", "peers", "fastbgad.compat.anomalib") from error
 
-__all__ = ["KnownAnomalies", "anomalous_samples", "with_known_anomalies"]
-
-# A datamodule with its own version of these divides its images in a way that this module knows nothing of.
+# A datamodule that overrides one of these divides its images in a way that this module does not know.
 _RULES = ("setup", "_create_test_split", "_create_val_split", "train_dataloader")
 
 
 class KnownAnomalies(AnomalibDataModule):
-    """A datamodule whose training set has some of the anomalous images that another one has in its test set.
+    """A datamodule that moves some anomalous images of another one from the test set to the training set.
 
-    They leave the test set before it is divided, so that no part of it, validation included, holds an image that was
-    learnt from, and they join the training set after it was divided, so that validation images taken from there are
-    normal. The draw is that of `fastbgad.split_known_anomalies`: it depends on the seed and the file names alone, is
-    the same at every `setup`, and the same as fastbgad's own for a folder in the layout of MVTec AD. An anomaly's type
-    is the name of the folder that its image lies in.
+    They leave the test set before it is divided, so that no part of it, validation included, holds a training image,
+    and they join the training set after it was divided, so that validation images taken from there are normal. The
+    draw is that of `fastbgad.split_known_anomalies`: it depends on the seed and the file names alone, is the same at
+    every `setup`, and the same as fastbgad's own for a folder in the layout of MVTec AD. An anomaly's type is the name
+    of its image's folder.
 
     For the command line of anomalib, where datamodules nest:
 
@@ -42,23 +41,26 @@ class KnownAnomalies(AnomalibDataModule):
     Args:
         data: an image datamodule that divides its images by anomalib's usual rules: Folder, MVTecAD, BTech, VisA and
             others. Its batch sizes, augmentations and split modes apply.
-        num_anomalies: how many anomalous images to move; 0 moves none.
+        num_anomalies: number of anomalous images to move; 0 moves none.
         per_type: move this many of each type instead of in total.
         seed: of the draw.
-        repeat: how often an epoch sees each known anomaly (the paper's repeated utilisation).
+        repeat: how often an epoch sees each known anomaly (the paper's repeated utilization).
 
     Attributes:
-        known: the images that were moved, as samples of the dataset; there after `setup`.
+        known: dataset of the images that were moved; set by `setup`.
 
     Raises:
-        ConfigError: a number that cannot be, or a datamodule with splitting rules of its own.
+        ConfigError: an impossible number, or a datamodule with splitting rules of its own.
 
-    `setup` raises `DataError` if there are fewer anomalies than asked for, or if none would be left for the test.
+    `setup` raises `DataError` if there are fewer than `num_anomalies`, or if none would be left for the test.
 
     Source: Yao et al., CVPR 2023 (known anomalies are taken from the test set).
     """
 
     known: AnomalibDataset
+    train_data: AnomalibDataset
+    val_data: AnomalibDataset
+    test_data: AnomalibDataset
 
     def __init__(
         self, data: AnomalibDataModule, num_anomalies: int = 10, per_type: bool = False, seed: int = 0, repeat: int = 5
@@ -67,11 +69,12 @@ class KnownAnomalies(AnomalibDataModule):
             raise ConfigError(
                 f"num_anomalies is {num_anomalies}, seed {seed} and repeat {repeat}; give at least 0, 0 and 1"
             )
-        own = [name for name in _RULES if getattr(type(data), name) is not getattr(AnomalibDataModule, name)]
-        if own:
+        overridden = [name for name in _RULES if getattr(type(data), name) is not getattr(AnomalibDataModule, name)]
+        if overridden:
             raise ConfigError(
-                f"known anomalies cannot be taken out of a {type(data).__name__}: it has its own {', '.join(own)}; use "
-                "Folder, MVTecAD or another datamodule that divides its images by anomalib's rules"
+                f"known anomalies cannot be taken out of a {type(data).__name__}: it has its own "
+                f"{', '.join(overridden)}; use Folder, MVTecAD or another datamodule that divides its images by "
+                "anomalib's rules"
             )
         super().__init__(
             train_batch_size=data.train_batch_size,
@@ -86,9 +89,12 @@ class KnownAnomalies(AnomalibDataModule):
             test_split_ratio=data.test_split_ratio,
             seed=data.seed,
         )
-        self.data = data
-        self.external_collate_fn = data.external_collate_fn
-        self.num_anomalies, self.per_type, self.draw_seed, self.repeat = num_anomalies, per_type, seed, repeat
+        self.data: AnomalibDataModule = data
+        self.external_collate_fn: Callable[..., Any] | None = data.external_collate_fn
+        self.num_anomalies: int = num_anomalies
+        self.per_type: bool = per_type
+        self.draw_seed: int = seed
+        self.repeat: int = repeat
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -105,32 +111,32 @@ class KnownAnomalies(AnomalibDataModule):
         self.data.category = category
 
     def prepare_data(self) -> None:
-        """Downloads what the wrapped datamodule downloads."""
+        """Download what the wrapped datamodule downloads."""
         self.data.prepare_data()
 
     def _setup(self, _stage: str | None = None) -> None:
-        """The wrapped datamodule's images, the known anomalies apart."""
+        """Take the wrapped datamodule's images, and the known anomalies out of the test set."""
         self.data._setup(_stage)
         self.train_data, test_data = self.data.train_data, self.data.test_data
         if hasattr(self.data, "val_data"):
-            self.val_data = self.data.val_data
+            self.val_data: AnomalibDataset = self.data.val_data
         moved = self._draw(test_data)
         self.known = test_data.subsample(moved)
-        self.test_data = test_data.subsample(sorted(set(range(len(test_data))) - set(moved)))
+        self.test_data: AnomalibDataset = test_data.subsample(sorted(set(range(len(test_data))) - set(moved)))
 
     def _create_val_split(self) -> None:
         super()._create_val_split()
         for _ in range(self.repeat if len(self.known) else 0):
-            self.train_data = self.train_data + self.known
+            self.train_data: AnomalibDataset = self.train_data + self.known
 
     def _draw(self, dataset: AnomalibDataset) -> list[int]:
-        """The indices of the images to move, in increasing order."""
+        """Return the indices of the images to move, in increasing order."""
         if self.num_anomalies == 0:
             return []
         samples = anomalous_samples(dataset.samples)
         if not samples:
             raise DataError(
-                f"the test set of {self.name} holds no anomalous image to learn from; say where they are "
+                f"the test set of {self.name} holds no anomalous image to learn from; name their folder "
                 "(abnormal_dir of a Folder), or use num_anomalies=0 with a method that needs none"
             )
         root = Path(os.path.commonpath([sample.image.parent for sample in samples]))
@@ -143,15 +149,15 @@ class KnownAnomalies(AnomalibDataModule):
 def with_known_anomalies(
     datamodule: AnomalibDataModule, num_anomalies: int = 10, *, per_type: bool = False, seed: int = 0, repeat: int = 5
 ) -> KnownAnomalies:
-    """The datamodule, with some anomalous images moved from its test set to its training set.
+    """Return a datamodule that moves some anomalous images of another one from the test set to the training set.
 
-    See `KnownAnomalies` for the arguments, for what is raised, and for what is not moved.
+    See `KnownAnomalies` for the arguments and errors.
     """
     return KnownAnomalies(datamodule, num_anomalies, per_type, seed, repeat)
 
 
 def anomalous_samples(table: Any) -> list[Sample]:
-    """The different anomalous images in a dataset's table (`samples`), sorted by type and file name."""
+    """Return the distinct anomalous images in a dataset's table (`samples`), sorted by type and file name."""
     chosen = table[table.label_index == 1].drop_duplicates("image_path")
     samples = []
     for image, mask in zip(chosen.image_path, chosen.mask_path, strict=True):

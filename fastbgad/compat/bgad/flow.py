@@ -1,4 +1,4 @@
-"""The official BGAD code's flows: the decoder's calling convention and FrEIA's names, around `ConditionalFlow`."""
+"""The official BGAD code's flows: `ConditionalFlow` with the decoder's calling convention and FrEIA's names."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, FeatureError
+from ...errors import ConfigError, FeatureError, check_choice
 from ...flow_spec import FlowSpec
 from ...model.flow import ConditionalFlow
-from ...ops import Impl, MatmulPrecision, PositionalRows
+from ...ops import Impl, MatmulPrecision, PositionalRows, log_likelihood
 from ...ops.dispatch import renamed_precision
-from ...ops.positional_tensor import separable
+from ...ops.positional_tensor import PositionalEncoding, positional_map, separable
 
 
 class FlowDecoder(nn.Module):
-    """A flow that is called as FrEIA's `SequenceINN` is: `decoder(x, [condition])` returns z and log|det J|.
+    """A flow with the calling convention of FrEIA's `SequenceINN`: `decoder(x, [condition])` returns z and log|det J|.
 
     Its `state_dict` has the names and shapes of a `SequenceINN` of `AllInOneBlock`s, so files of either load into the
-    other. Initial weights are distributed as FrEIA's: a rotation uniform in SO(C), linear layers as PyTorch makes them,
-    a global scale of 1. All are drawn from PyTorch's global random state (FrEIA takes its rotation from numpy's).
+    other. Initial weights are distributed as FrEIA's: a rotation uniform in SO(C), linear layers as PyTorch initializes
+    them, a global scale of 1. All are drawn from PyTorch's global random state (FrEIA takes its rotation from numpy's).
 
     Args:
         spec: the shape of the flow.
@@ -42,28 +42,28 @@ class FlowDecoder(nn.Module):
         matmul_precision = renamed_precision(matmul_precision, precision)
         seed = int(torch.randint(2**62, (), device="cpu"))
         flow = ConditionalFlow(spec, seed=seed, impl=impl, matmul_precision=matmul_precision)
-        self.module_list = flow.module_list
-        # No submodule: its parameters are those of module_list, and their names are FrEIA's.
+        self.module_list: nn.ModuleList = flow.module_list
+        # Not registered as a submodule: its parameters are those of module_list, under FrEIA's names.
         object.__setattr__(self, "_flow", flow)
 
     @property
     def flow(self) -> ConditionalFlow:
-        """The same weights, not a copy, with this package's calling convention."""
+        """The flow with the same weights, not a copy, and this package's calling convention."""
         flow: ConditionalFlow = self.__dict__["_flow"]
         return flow
 
     def forward(
         self, x_or_z: Tensor, c: Sequence[Tensor | PositionalRows] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Carries N rows through the flow, or back.
+        """Apply the flow or its inverse to N rows.
 
         Args:
             x_or_z: [N, C], floating point. float64 is computed in float64, everything else in float32.
             c: a list whose first entry is the condition: a tensor [N, P], or `fastbgad.PositionalRows`. A tensor that
-                knows its places (`positionalencoding2d`, `fastbgad.positional_rows`) costs no product with its P
-                channels. An unconditional flow takes no notice of it, as in FrEIA.
-            rev: from the latent back to features.
-            jac: has no effect; FrEIA's blocks compute the determinant in any case.
+                keeps track of its positions (`positionalencoding2d`, `fastbgad.positional_rows`) costs no product with
+                its P channels. An unconditional flow ignores it, as in FrEIA.
+            rev: apply the inverse, from latents to features.
+            jac: ignored; FrEIA's blocks compute the determinant in any case.
 
         Returns:
             z [N, C] and log|det J| [N]; with rev x and the log-determinant of the inverse.
@@ -75,12 +75,12 @@ class FlowDecoder(nn.Module):
         condition = self._condition(c) if self.flow.spec.condition_channels else None
         if rev:
             return self.flow.inverse(x_or_z, condition)
-        found = self.flow(x_or_z, condition, return_z=True)
-        assert found.z is not None
-        return found.z, found.log_det
+        output = self.flow(x_or_z, condition, return_z=True)
+        assert output.z is not None
+        return output.z, output.log_det
 
     def freeze(self) -> FlowDecoder:
-        """For inference: prepares the weights once instead of at every call, see `ConditionalFlow.freeze`."""
+        """Prepare the weights for inference once instead of at every call, see `ConditionalFlow.freeze`."""
         self.flow.freeze()
         return self
 
@@ -95,16 +95,17 @@ class FlowDecoder(nn.Module):
         return separable(condition)
 
     def extra_repr(self) -> str:
+        """Return the shape of the flow, for the printed module."""
         return repr(self.flow.spec)
 
 
 def conditional_flow_model(args: Any, in_channels: int) -> FlowDecoder:
-    """A flow over [N, in_channels] under a condition of `args.pos_embed_dim` channels, a multiple of 4.
+    """Return a flow over [N, in_channels] with a condition of `args.pos_embed_dim` channels, a multiple of 4.
 
     It has `args.coupling_layers` layers whose log-scale is bounded by `args.clamp_alpha`.
 
     Raises:
-        ConfigError: args lacks an option, or a size that cannot be.
+        ConfigError: args lacks an option, or has an impossible size.
     """
     channels = option(args, "pos_embed_dim")
     if channels < 1:
@@ -113,26 +114,56 @@ def conditional_flow_model(args: Any, in_channels: int) -> FlowDecoder:
 
 
 def flow_model(args: Any, in_channels: int) -> FlowDecoder:
-    """The same without a condition: `decoder(x)`."""
+    """Return a flow without a condition: `decoder(x)`; see `conditional_flow_model`."""
     return FlowDecoder(FlowSpec(in_channels, 0, option(args, "coupling_layers"), option(args, "clamp_alpha")))
 
 
 def load_flow_model(args: Any, in_channels: int) -> FlowDecoder:
-    """The flow that `args.flow_arch` names: "conditional_flow_model" or "flow_model".
+    """Return the flow that `args.flow_arch` names: "conditional_flow_model" or "flow_model".
 
     Raises:
         ConfigError: another name (a NotImplementedError in the official code); else as `conditional_flow_model`.
     """
     architecture = option(args, "flow_arch")
-    if architecture == "conditional_flow_model":
-        return conditional_flow_model(args, in_channels)
-    if architecture == "flow_model":
-        return flow_model(args, in_channels)
-    raise ConfigError(f"args.flow_arch is {architecture!r}; choose one of flow_model, conditional_flow_model")
+    models = {"flow_model": flow_model, "conditional_flow_model": conditional_flow_model}
+    check_choice("args.flow_arch", architecture, models)
+    return models[architecture](args, in_channels)
+
+
+def get_logp(C: int, z: Tensor, logdet_J: Tensor) -> Tensor:
+    """Return the log-likelihood [N] of each row in nats, not divided by C: -C/2 ln(2 pi) - |z|^2 / 2 + logdet_J.
+
+    Args:
+        C: number of channels.
+        z: [N, C], the latent, floating point.
+        logdet_J: [N], log|det J|.
+
+    Returns:
+        float64 if an argument is, float32 otherwise; differentiable.
+
+    Raises:
+        FeatureError: shapes, types or devices that do not fit.
+    """
+    if z.dim() == 2 and z.shape[1] != C:
+        raise FeatureError(f"C is {C} but z has {z.shape[1]} channels; C is the number of channels of z")
+    return C * log_likelihood(z, logdet_J)
+
+
+def positionalencoding2d(D: int, H: int, W: int) -> PositionalEncoding:
+    """Return the positional condition of every position of a map, float32 [D, H, W] on the CPU.
+
+    It is computed in float64; the error of the official float32 values grows by 6e-8 per position from the corner. The
+    tensor keeps track of its positions through repeat, permute, reshape and selections, which lets flows of fastbgad
+    use its structure: see `fastbgad.ops.positional_tensor`.
+
+    Raises:
+        FeatureError: D is not a positive multiple of 4 (a ValueError in the official code), or an empty map.
+    """
+    return positional_map(D, H, W)
 
 
 def option(args: Any, name: str) -> Any:
-    """`args.name`, or a `ConfigError` that names it."""
+    """Return `args.name`, or raise a `ConfigError` that names it."""
     if not hasattr(args, name):
         raise ConfigError(f"args has no attribute {name}; give the options of the official code's config.py")
     return getattr(args, name)

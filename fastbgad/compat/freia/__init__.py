@@ -1,8 +1,8 @@
-"""FrEIA's flows, and anomalib's on top of them, computed by the operations of fastbgad."""
+"""FrEIA's flows, and anomalib's Cflow that contains them, computed by the operations of fastbgad."""
 
 from __future__ import annotations
 
-from .accelerate import accelerate, restore
+from .acceleration import accelerate, restore
 
 __all__ = [
     "accelerate",

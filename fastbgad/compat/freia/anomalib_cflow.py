@@ -1,8 +1,8 @@
-"""anomalib's `CflowModel` with whole maps through its flows instead of 64 patches at a time.
+"""Acceleration of anomalib's `CflowModel`: whole maps go through its flows instead of 64 patches at a time.
 
-anomalib asks its flows for one fiber batch after another and joins the results; rows do not depend on each other, so
-this only costs. Here every level is one call, with its positions instead of 128 channels of encoding, and the frozen
-encoder is made ready for inference once (`fastbgad.backbones.frozen_network`).
+anomalib runs its flows on one batch of patches after another and joins the results. Rows do not depend on each other,
+so one call per level gives the same. The condition of a call is its positions instead of 128 channels of encoding, and
+the frozen encoder is prepared for inference once (`fastbgad.backbones.frozen_network`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .class_swap import exporting, original_class, rebuild
 
 
 def looks_like_cflow(module: nn.Module) -> bool:
-    """Whether a module is anomalib's `CflowModel`."""
+    """Return True for anomalib's `CflowModel`."""
     return type(module).__name__ == "CflowModel" and type(module).__module__.startswith("anomalib.")
 
 
 def check_cflow(model: nn.Module, name: str) -> None:
-    """Raises `UnsupportedFlowError` where this version of anomalib built something that is not known here."""
+    """Raise `UnsupportedFlowError` for a `CflowModel` that lacks attributes which `AcceleratedCflow` needs."""
     needed = ("encoder", "decoders", "pool_layers", "condition_vector", "anomaly_map_generator")
     missing = [attribute for attribute in needed if not hasattr(model, attribute)]
     if missing:
@@ -36,7 +36,7 @@ def check_cflow(model: nn.Module, name: str) -> None:
 
 
 class AcceleratedCflow(nn.Module):
-    """What goes before `CflowModel`: whole maps through the flows, the rest is anomalib's own."""
+    """Mixin before `CflowModel`: whole maps go through the flows, the rest is anomalib's own."""
 
     encoder: nn.Module
     decoders: nn.ModuleList
@@ -47,7 +47,7 @@ class AcceleratedCflow(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Any:
-        """anomalib's `InferenceBatch` of images [B, 3, H, W]: pred_score [B] and anomaly_map [B, H, W].
+        """Return anomalib's `InferenceBatch` of images [B, 3, H, W]: pred_score [B] and anomaly_map [B, H, W].
 
         An export gets a graph of FrEIA's arithmetic on whole maps, whose size does not depend on the image's.
         """
@@ -68,15 +68,16 @@ class AcceleratedCflow(nn.Module):
         return InferenceBatch(pred_score=torch.amax(anomaly_map, dim=(-2, -1)), anomaly_map=anomaly_map)
 
     def _log_likelihoods(self, decoder: nn.Module, maps: Tensor) -> Tensor:
-        """lp [B, h, w] of a level's features [B, C, h, w]."""
+        """Return lp [B, h, w] of a level's features [B, C, h, w]."""
         batch, channels, height, width = maps.shape
         rows = maps.permute(0, 2, 3, 1).reshape(-1, channels)
-        where = PositionalRows(height, width, channels=self.condition_vector)
+        positions = PositionalRows(height, width, channels=self.condition_vector)
         if exporting():
-            z, log_det = decoder(rows, [where.dense(height * width, rows.dtype, rows.device).repeat(batch, 1)])
+            condition = positions.dense(height * width, rows.dtype, rows.device).repeat(batch, 1)
+            z, log_det = decoder(rows, [condition])
             lp = log_likelihood_of_norm(z.square().sum(dim=1), log_det, channels)
         else:
-            lp = cast(Any, decoder).log_likelihood(rows, where)
+            lp = cast(Any, decoder).log_likelihood(rows, positions)
         return lp.view(batch, height, width)
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
@@ -92,5 +93,5 @@ class AcceleratedCflow(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For copies and pickles: the class is made again where they go."""
+        """Reduce to the mixin and the original class, since the class of this object has no importable name."""
         return rebuild, (AcceleratedCflow, original_class(self)), self.__dict__.copy()

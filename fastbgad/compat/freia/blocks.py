@@ -1,9 +1,9 @@
-"""What a FrEIA flow computes, read off its blocks and checked against what they really do.
+"""Reading of a FrEIA flow's shape and tensors off its blocks, checked against what the flow computes.
 
 The blocks of FrEIA 0.2, of its main branch and anomalib's copy share a name and differ in what they compute: the form
 of the clamp, how a hard permutation is stored. Nothing here looks at versions. The clamp and the global affine are
-recognised by calling the block's own functions on a few numbers, and the whole reading is confirmed by running the flow
-beside the oracle on a few rows.
+recognized by calling the block's own functions on a few numbers, and the whole reading is confirmed by comparing the
+flow with the reference on a few rows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,34 @@ from ...flow_spec import ClampForm, CouplingWeights, FlowSpec, GlobalAffine
 from ...ops.permutations import is_permutation_matrix, permutation_matrix
 
 PROBE_ROWS = 5
-# How far the flow may be from the oracle on the probe, in units of the oracle's root mean square: room for rounding
-# in a trained flow; a flow that computes something else is off by about 1.
+# Largest allowed difference of the flow from the reference on the probe, relative to the reference's root mean square:
+# room for rounding in a trained flow; a flow that computes something else is off by about 1.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.2, torch.bfloat16: 0.5}
+
+_BLOCK_ATTRIBUTES = (
+    "in_channels",
+    "clamp",
+    "GIN",
+    "householder",
+    "reverse_pre_permute",
+    "input_rank",
+    "global_scale",
+    "global_offset",
+    "global_scale_activation",
+    "_affine",
+    "subnet",
+)
 
 
 class FlowReading(NamedTuple):
-    """What has been found out about a flow."""
+    """Shape of a flow, and the condition that it takes."""
 
     spec: FlowSpec
-    condition: int | None  # which entry of the list of conditions all blocks take
+    condition: int | None  # index in the list of conditions, the same for all blocks
 
 
 def looks_like_flow(module: nn.Module) -> bool:
-    """Whether a module is a sequence of AllInOneBlocks, whatever its class and package."""
+    """Return True for a sequence of AllInOneBlocks, whatever its class and package."""
     blocks = getattr(module, "module_list", None)
     return (
         isinstance(blocks, nn.ModuleList)
@@ -46,15 +60,15 @@ def looks_like_flow(module: nn.Module) -> bool:
 
 
 def read_flow(flow: nn.Module, name: str, forward: Callable[..., Any] | None = None) -> FlowReading:
-    """The shape of a flow and which condition it takes.
+    """Return the shape of a flow and which condition it takes.
 
     Args:
-        flow: a `SequenceINN` or what looks like one.
+        flow: a `SequenceINN`, or a module with the same attributes.
         name: for error messages.
         forward: the flow's own forward, if `flow` would not call it.
 
     Raises:
-        UnsupportedFlowError: something in it that fastbgad's coupling layers do not compute; says which block and why.
+        UnsupportedFlowError: fastbgad's coupling layers do not compute the same; the message says which block and why.
     """
     blocks = list(cast(nn.ModuleList, flow.module_list))
     conditions = cast(list[int | None], flow.conditions)
@@ -77,26 +91,38 @@ def read_flow(flow: nn.Module, name: str, forward: Callable[..., Any] | None = N
 
 
 def signature(flow: nn.Module) -> tuple[Any, ...]:
-    """What of a flow may not change without being read anew; cheap enough for every call."""
+    """Return everything that makes it necessary to read a flow again once it changes; cheap enough for every call."""
     return tuple(
-        (type(b), b.clamp, b.GIN, b.householder, b.reverse_pre_permute, b.w_perm.dim(),
-         *((type(layer), getattr(layer, "out_features", 0)) for layer in b.subnet.children()))
-        for b in cast(Any, flow.module_list)
-    )  # fmt: skip
+        (
+            type(block),
+            block.clamp,
+            block.GIN,
+            block.householder,
+            block.reverse_pre_permute,
+            block.w_perm.dim(),
+            *((type(layer), getattr(layer, "out_features", 0)) for layer in block.subnet.children()),
+        )
+        for block in cast(Any, flow.module_list)
+    )
 
 
 def weights_of(flow: nn.Module, matrix: Callable[[Tensor, torch.dtype], Tensor]) -> list[CouplingWeights]:
-    """The tensors of every block; `matrix(index, dtype)` makes the matrix of a permutation that is kept as an index."""
+    """Return every block's tensors; `matrix(index, dtype)` gives the matrix of a permutation stored as an index."""
     layers = []
     for block in cast(Any, flow.module_list):
         first, _, second = block.subnet
         w_perm = block.w_perm
         layers.append(
             CouplingWeights(
-                first.weight, first.bias, second.weight, second.bias, block.global_scale.squeeze(0),
-                block.global_offset.squeeze(0), w_perm if w_perm.dim() == 2 else matrix(w_perm, first.weight.dtype),
+                first.weight,
+                first.bias,
+                second.weight,
+                second.bias,
+                block.global_scale.squeeze(0),
+                block.global_offset.squeeze(0),
+                w_perm if w_perm.dim() == 2 else matrix(w_perm, first.weight.dtype),
             )
-        )  # fmt: skip
+        )
     return layers
 
 
@@ -104,9 +130,7 @@ def _read_block(block: Any, coupling_layers: int, name: str) -> FlowSpec:
     def unsupported(reason: str) -> UnsupportedFlowError:
         return UnsupportedFlowError(f"{name} ({type(block).__name__}) cannot be accelerated: {reason}")
 
-    needed = ("in_channels", "clamp", "GIN", "householder", "reverse_pre_permute", "input_rank", "global_scale",
-              "global_offset", "global_scale_activation", "_affine", "subnet")  # fmt: skip
-    missing = [attribute for attribute in needed if not hasattr(block, attribute)]
+    missing = [attribute for attribute in _BLOCK_ATTRIBUTES if not hasattr(block, attribute)]
     if missing:
         raise unsupported(f"it is not an AllInOneBlock as FrEIA and anomalib have it; it lacks {', '.join(missing)}")
     if block.GIN:
@@ -117,19 +141,17 @@ def _read_block(block: Any, coupling_layers: int, name: str) -> FlowSpec:
         raise unsupported("it permutes before the coupling as well (reverse_permutation=True)")
     if block.input_rank:
         raise unsupported(f"it works on {block.input_rank}-dimensional maps; only rows [N, C] are supported")
-    channels = block.in_channels
-    condition_channels = block.condition_channels
     subnet = block.subnet
     kinds = [type(layer) for layer in subnet] if isinstance(subnet, nn.Sequential) else [type(subnet)]
     if kinds != [nn.Linear, nn.ReLU, nn.Linear]:
-        found = ", ".join(kind.__name__ for kind in kinds)
-        raise unsupported(f"its subnet is [{found}]; only Linear, ReLU, Linear is supported")
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise unsupported(f"its subnet is [{names}]; only Linear, ReLU, Linear is supported")
     if subnet[0].bias is None or subnet[2].bias is None:
         raise unsupported("a linear layer of its subnet has no bias")
     try:
         spec = FlowSpec(
-            channels=channels,
-            condition_channels=condition_channels,
+            channels=block.in_channels,
+            condition_channels=block.condition_channels,
             coupling_layers=coupling_layers,
             clamp=float(block.clamp),
             clamp_form=_clamp_form(block),
@@ -148,11 +170,11 @@ def _read_block(block: Any, coupling_layers: int, name: str) -> FlowSpec:
 
 
 class _UnknownFormError(Exception):
-    pass
+    """The clamp or the activation of the global scale is none that fastbgad knows."""
 
 
 def _clamp_form(block: Any) -> ClampForm:
-    """How the log-scale is clamped, told by what the block's coupling does to numbers that tell the forms apart."""
+    """Return the form of the clamp, recognized by the block's results for numbers that tell the forms apart."""
     a = torch.tensor([[-30.0, -5.0, 2.0, 10.0, 40.0]], dtype=torch.float64)
     x2 = torch.ones_like(a)
     y2, _ = block._affine(x2, torch.cat([a, torch.zeros_like(a)], dim=1))  # which may write to what it is given
@@ -165,7 +187,7 @@ def _clamp_form(block: Any) -> ClampForm:
 
 
 def _global_affine(block: Any) -> GlobalAffine:
-    """The activation of the global scale, told likewise."""
+    """Return the activation of the global scale, recognized likewise."""
     parameter = torch.tensor([[-3.0, 0.0, 1.0, 6.0]], dtype=torch.float64)
     g = block.global_scale_activation(parameter)
     for kind in get_args(GlobalAffine):
@@ -183,7 +205,7 @@ def _is_orthogonal(w: Tensor, inverse: Tensor) -> bool:
 
 @torch.no_grad()
 def _confirm(flow: nn.Module, reading: FlowReading, name: str, forward: Callable[..., Any]) -> None:
-    """Runs the flow and the oracle on the same few rows."""
+    """Raise `UnsupportedFlowError` unless the flow and the reference agree on a few rows."""
     spec = reading.spec
     layers = weights_of(flow, permutation_matrix)
     first = layers[0].w1
@@ -203,8 +225,8 @@ def _confirm(flow: nn.Module, reading: FlowReading, name: str, forward: Callable
         exact_det = exact_det + added
     if not (torch.isfinite(z).all() and torch.isfinite(exact).all()):
         raise UnsupportedFlowError(f"{name} cannot be accelerated: its parameters give values that are not finite")
-    for found, expected in ((z, exact), (log_det, exact_det)):
-        error = (found.double() - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-3)
+    for result, expected in ((z, exact), (log_det, exact_det)):
+        error = (result.double() - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-3)
         if not error <= PROBE_TOLERANCE[first.dtype]:
             raise UnsupportedFlowError(
                 f"{name} cannot be accelerated: it computes something else than its blocks say (off by {error:.1e} of "

@@ -1,6 +1,6 @@
-"""Giving an existing module another `forward` by changing its class to a subclass of its own, and back.
+"""Replacement of a module's `forward` by changing its class to a subclass, and back.
 
-The object, its tensors and whatever refers to it stay as they are, which a wrapper around it could not offer.
+The object, its tensors and all references to it stay the same, which a wrapper around it could not offer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def swapped_class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `original` in which `mixin` goes first; the same one for the same classes."""
+    """Return a subclass of `original` with `mixin` before it; the same subclass for the same two classes."""
     key = mixin, original
     if key not in _classes:
         _classes[key] = type(f"Accelerated{original.__name__}", key, {"__module__": mixin.__module__})
@@ -20,23 +20,26 @@ def swapped_class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.
 
 
 def swap(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Put a mixin before a module's class, in place."""
     module.__class__ = swapped_class(mixin, type(module))
 
 
 def swap_back(module: nn.Module) -> None:
+    """Undo `swap`, in place."""
     module.__class__ = original_class(module)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before `swap`."""
     _, original = type(module).__bases__
     return original
 
 
 def rebuild(mixin: type[nn.Module], original: type[nn.Module]) -> nn.Module:
-    """An empty object of the swapped class: such a class has no name to pickle it by, so it is made where it goes."""
+    """Return an empty object of the swapped class, for unpickling and copying: such a class has no importable name."""
     return object.__new__(swapped_class(mixin, original))
 
 
 def exporting() -> bool:
-    """Whether a graph is being made to run elsewhere."""
+    """Return True while a graph is traced or exported to run elsewhere."""
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())

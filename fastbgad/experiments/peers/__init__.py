@@ -1,1 +1,13 @@
-"""Methods of other authors on the same images and features."""
+"""Methods of other authors, run by anomalib."""
+
+from __future__ import annotations
+
+from .peers import PeerScores, run_peer
+from .recipes import Recipe, recipe_of
+
+__all__ = [
+    "PeerScores",
+    "Recipe",
+    "recipe_of",
+    "run_peer",
+]

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compat.freia.accelerate import accelerate
+from ...compat.freia import accelerate
 from ...model.scoring import official_anomaly_maps
 
-_PATCHES = 256  # per step of the optimiser
+_PATCHES = 256  # per step of the optimizer
 
 
 class LevelRecorder(nn.Module):
-    """Takes the place of the Cflow's map generator and keeps what it is given, batch by batch."""
+    """Replacement for the Cflow's map generator that stores log-likelihoods, batch by batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class LevelRecorder(nn.Module):
     def forward(
         self, distribution: list[Tensor], height: list[int], width: list[int], image_size: tuple[int, int]
     ) -> Tensor:
-        """Keeps lp [B * h * w] of every level; returns zeros [B, H, W], since the maps need all batches."""
+        """Store lp [B * h * w] of every level; return zeros [B, H, W], since the maps need all batches."""
         levels = [
             lp.detach().view(-1, h, w).float().cpu() for lp, h, w in zip(distribution, height, width, strict=True)
         ]
@@ -43,12 +43,12 @@ class LevelRecorder(nn.Module):
         return torch.zeros(len(levels[0]), *image_size, device=distribution[0].device)
 
     def maps(self, size: tuple[int, int]) -> Tensor:
-        """The anomaly maps [n, H, W] of all images so far: per level exp(lp - max), upsampled, summed, inverted."""
+        """Return the maps [n, H, W] of all images so far: exp(lp - max) of the levels, upsampled, summed, inverted."""
         return official_anomaly_maps([torch.cat(parts) for parts in zip(*self._levels, strict=True)], size)
 
 
 def prepare(model: Any, size: tuple[int, int], batch_size: int) -> LevelRecorder:
-    """Accelerates a Lightning `Cflow` in place, and makes it record log-likelihoods in place of maps.
+    """Accelerate a Lightning `Cflow` in place, and make it record log-likelihoods in place of maps.
 
     Args:
         model: anomalib's Cflow, untrained.

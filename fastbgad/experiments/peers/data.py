@@ -1,7 +1,7 @@
-"""A split as anomalib's Engine takes it: images without labels and masks, except for known anomalies in training.
+"""A split as a data module of anomalib's Engine: no labels and masks, except for known anomalies in training.
 
-Images are decoded and resized as for fastbgad's own methods, and normalised here. anomalib would normalise them later,
-but its CFA computes the centres of its hyperspheres from what the dataloader gives.
+Images are decoded and resized as for fastbgad's own methods, and normalized here. anomalib would normalize them later,
+but its CFA computes the centers of its hyperspheres from the batches of the dataloader.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ try:
     from anomalib.data import ImageBatch
     from lightning.pytorch import LightningDataModule
 except ModuleNotFoundError as error:
-    package = (error.name or "anomalib").partition(".")[0]
+    package: str = (error.name or "anomalib").partition(".")[0]
     raise MissingDependencyError(package, "peers", "a method of another author") from error
 
 Statistics: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of red, green and blue that a backbone expects images to be normalized with."""
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""As anomalib normalizes for every model."""
+"""anomalib's default for every model."""
 
 
 class SplitData(LightningDataModule):
@@ -43,8 +43,8 @@ class SplitData(LightningDataModule):
         workers: threads that decode images.
     """
 
-    name = "split"
-    category = ""  # anomalib's Engine asks both for the name of its folder
+    name: str = "split"
+    category = ""  # anomalib's Engine names its folder after both
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class SplitData(LightningDataModule):
         self._kept: TensorDataset | None = None
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches in random order, another one in every epoch. Images are decoded once and kept as bytes."""
+        """Return batches in random order, a new one in every epoch. Images are decoded once and stored as bytes."""
         if self._kept is None:
             samples = [*self._normals, *self._known]
             batches = list(stream_batches(samples, self._size, self._batch_size, self._workers))
@@ -81,7 +81,7 @@ class SplitData(LightningDataModule):
         )
 
     def predict_dataloader(self) -> PredictBatches:
-        """The test images, in their order."""
+        """Return the test images, in their order."""
         return PredictBatches(self)
 
     def _collate(self, items: Sequence[tuple[Tensor, ...]]) -> ImageBatch:
@@ -97,7 +97,7 @@ class SplitData(LightningDataModule):
 
 
 class PredictBatches:
-    """What Lightning takes for a dataloader: batches of the test images, decoded ahead by threads."""
+    """Dataloader of the test images for Lightning; threads decode them ahead."""
 
     def __init__(self, data: SplitData) -> None:
         self._data = data
@@ -112,5 +112,5 @@ class PredictBatches:
 
 
 def _images_alone(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples as if all were normal, so that no label and no mask is ever read."""
+    """Return the samples as if all were normal, so that no label and no mask is ever read."""
     return [Sample(sample.image, None, 0, sample.defect) for sample in samples]

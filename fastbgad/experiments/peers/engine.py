@@ -1,4 +1,4 @@
-"""anomalib's models, its Engine, and what has to be held back of both: files, bars, messages, signals."""
+"""anomalib's models and its Engine, without their files, bars, messages and signal handling."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...backbones.timm_features import blank_extractor
 from ...backbones.weights import hub_overlay, load_weights
 from ...data import Split
 from ...errors import BackboneError, DataError, MissingDependencyError
-from ..plan.cells import PEERS
+from ..plan import PEERS
 from . import cflow_ad
 from .data import IMAGENET, SplitData, Statistics
 from .recipes import Recipe
@@ -44,20 +44,20 @@ try:
         from lightning.pytorch.plugins.environments import LightningEnvironment
         from lightning.pytorch.strategies import SingleDeviceStrategy
 except ModuleNotFoundError as error:
-    package = (error.name or "anomalib").partition(".")[0]
+    package: str = (error.name or "anomalib").partition(".")[0]
     raise MissingDependencyError(package, "peers", "a method of another author") from error
 
-# Features that PaDiM keeps of a network that its authors do not name: as of ResNet-18, the smallest that they do.
+# Features that PaDiM keeps of a network that its authors do not use: as of ResNet-18, the smallest that they do.
 _PADIM_FEATURES = 100
 _HUB_TIMEOUT = 10.0  # seconds until the hub counts as unreachable
-# Lightning exists under several names, and what it says may come from any of them.
+# Lightning exists under several names, and its messages may come from any of them.
 _LOGGERS = ("anomalib", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
-# No pre-processing (images come ready), no normalised maps, no thresholds, no metrics, no pictures.
+# No pre-processing (images come ready), no normalized maps, no thresholds, no metrics, no pictures.
 _BARE: dict[str, Any] = {"pre_processor": False, "post_processor": False, "evaluator": False, "visualizer": False}
 
 
-class Job(NamedTuple):
-    """What to run, and where."""
+class PeerTraining(NamedTuple):
+    """A method of another author to train, with its recipe and its device."""
 
     method: str
     recipe: Recipe
@@ -69,34 +69,34 @@ class Job(NamedTuple):
     state: Mapping[str, Tensor] | None = None
 
 
-def train_and_score(job: Job, split: Split) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Maps [n, H, W] and image scores [n] of the test images, float32 on the CPU, and facts of the run.
+def train_and_score(training: PeerTraining, split: Split) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return maps [n, H, W] and image scores [n] of the test images, float32 on the CPU, and facts of the run.
 
-    See `run_peer` for what is raised.
+    For errors see `run_peer`.
     """
-    recipe = job.recipe
+    recipe = training.recipe
     batch_size = min(recipe.batch_size, len(split.normals))
-    data: Any = SplitData(  # not a datamodule of anomalib, which would sort the images and divide them anew
+    data: Any = SplitData(  # not a datamodule of anomalib, which would sort the images and split them again
         split,
-        job.size,
+        training.size,
         batch_size,
-        statistics=_statistics(job),
-        supervised=job.method == "supersimplenet",
-        whole_batches=job.method == "cflow_ad",
-        workers=job.workers,
+        statistics=_statistics(training),
+        supervised=training.method == "supersimplenet",
+        whole_batches=training.method == "cflow_ad",
+        workers=training.workers,
     )
-    with _held_back(), tempfile.TemporaryDirectory(prefix="fastbgad-peer-") as folder:
-        model = _build(job, Path(folder))
-        recorder = cflow_ad.prepare(model, job.size, batch_size) if job.method == "cflow_ad" else None
+    with _quiet(), tempfile.TemporaryDirectory(prefix="fastbgad-peer-") as folder:
+        model = _build(training, Path(folder))
+        recorder = cflow_ad.prepare(model, training.size, batch_size) if training.method == "cflow_ad" else None
         collector = _Collector()
         engine = Engine(
             callbacks=[collector],
             default_root_dir=folder,
             max_epochs=recipe.epochs,
-            accelerator="gpu" if job.device.type == "cuda" else job.device.type,
+            accelerator="gpu" if training.device.type == "cuda" else training.device.type,
             devices=1,
-            # The device itself, since some models insist on `devices=1`, which alone would mean the first GPU.
-            strategy=SingleDeviceStrategy(job.device),
+            # The device itself, since some models require `devices=1`, which alone would mean the first GPU.
+            strategy=SingleDeviceStrategy(training.device),
             # One process, also where torchrun or SLURM started several: each runs cells of its own.
             plugins=[LightningEnvironment()],
             barebones=True,  # no checkpoints, loggers, bars or summaries
@@ -109,28 +109,34 @@ def train_and_score(job: Job, split: Split) -> tuple[Tensor, Tensor, dict[str, A
             engine.predict(model, datamodule=data, return_predictions=False)
         maps, image_scores = collector.result()
     if recorder is not None:
-        maps = recorder.maps(job.size)
+        maps = recorder.maps(training.size)
         image_scores = maps.amax(dim=(1, 2))
+    facts = _facts(training, split, batch_size)
+    facts["training_seconds"] = round(trained - start, 3)
+    facts["scoring_seconds"] = round(time.perf_counter() - trained, 3)
+    return maps, image_scores, facts
+
+
+def _facts(training: PeerTraining, split: Split, batch_size: int) -> dict[str, Any]:
+    recipe = training.recipe
     facts: dict[str, Any] = {
         "backbone": recipe.backbone or "none",
         "epochs": recipe.epochs,
         "anomalib": metadata.version("anomalib"),
         "training_images": len(split.normals),
         "batch_size": batch_size,
-        "training_seconds": round(trained - start, 3),
-        "scoring_seconds": round(time.perf_counter() - trained, 3),
     }
     if recipe.levels:
         facts["levels"] = list(recipe.levels)
-    if job.method == "supersimplenet":
+    if training.method == "supersimplenet":
         facts["known_anomalies"] = len(split.known_anomalies)
-    if job.method == "draem":
-        facts["anomaly_source"] = "noise" if job.anomaly_source is None else job.anomaly_source.name
-    return maps, image_scores, facts
+    if training.method == "draem":
+        facts["anomaly_source"] = "noise" if training.anomaly_source is None else training.anomaly_source.name
+    return facts
 
 
 class _Collector(Callback):
-    """Keeps scores of every predicted batch, and none of its images."""
+    """Callback that stores the scores of every predicted batch, and none of its images."""
 
     def __init__(self) -> None:
         self._maps: list[Tensor] = []
@@ -145,62 +151,63 @@ class _Collector(Callback):
         return torch.cat(self._maps), torch.cat(self._scores)
 
 
-# ---------------------------------------------------------------- models
-
-
-def _build(job: Job, folder: Path) -> Any:
-    """The untrained model; raises `BackboneError` if its backbone, or the weights of it, cannot be had."""
-    if job.method == "draem":
-        return _draem(job.anomaly_source, folder)
-    backbone = job.recipe.backbone
+def _build(training: PeerTraining, folder: Path) -> Any:
+    """Return the untrained model; raise `BackboneError` if its backbone or its weights are not available."""
+    if training.method == "draem":
+        return _draem(training.anomaly_source, folder)
+    backbone = training.recipe.backbone
     assert backbone is not None
-    if job.method == "cfa":
-        return _cfa(backbone, job.pretrained) if job.state is None else _cfa_on_timm(job, backbone, job.state)
-    label = PEERS[job.method]
-    if job.pretrained:
+    if training.method == "cfa":
+        return (
+            _cfa(backbone, training.pretrained)
+            if training.state is None
+            else _cfa_on_timm(training, backbone, training.state)
+        )
+    label = PEERS[training.method]
+    if training.pretrained:
         try:
             hub_overlay(backbone)  # asks the hub once, where timm would try for minutes
         except BackboneError as error:
             raise _no_weights(label, backbone, error) from error
     try:
-        model = _on_timm(job, backbone)
+        model = _on_timm(training, backbone)
     except (BackboneError, RuntimeError, ValueError, KeyError, OSError) as error:
         raise _no_backbone(label, backbone, error) from error
-    if job.state is not None:
+    if training.state is not None:
         extractor = next(module for module in model.modules() if isinstance(module, TimmFeatureExtractor))
-        load_weights(extractor.feature_extractor, job.state, f"what was given as weights of {label}", backbone)
+        load_weights(extractor.feature_extractor, training.state, f"what was given as weights of {label}", backbone)
     return model
 
 
-def _on_timm(job: Job, backbone: str) -> Any:
+def _on_timm(training: PeerTraining, backbone: str) -> Any:
     """Build a method that takes its features from timm; its weights are random unless the hub's are asked for."""
     options: dict[str, Any] = {"backbone": backbone, **_BARE}
-    if job.method == "cflow_ad":
-        return Cflow(pre_trained=job.pretrained, **options)
+    if training.method == "cflow_ad":
+        return Cflow(pre_trained=training.pretrained, **options)
     # By number: a layer's name differs between families of networks.
-    options["layers"] = list(job.recipe.levels)
-    if job.method == "supersimplenet":
+    options["layers"] = list(training.recipe.levels)
+    if training.method == "supersimplenet":
         # It has no such option of its own.
-        extractor = partial(TimmFeatureExtractor, pre_trained=job.pretrained)
+        extractor = partial(TimmFeatureExtractor, pre_trained=training.pretrained)
         with _replaced(supersimplenet_module, "TimmFeatureExtractor", extractor):
             return Supersimplenet(supervised=True, **options)
-    if job.method == "patchcore":
-        return Patchcore(pre_trained=job.pretrained, **options)
+    if training.method == "patchcore":
+        return Patchcore(pre_trained=training.pretrained, **options)
     known = padim_module._N_FEATURES_DEFAULTS.get(backbone)
-    features = known or min(_PADIM_FEATURES, sum(_channels(backbone, job.recipe.levels)))
-    return Padim(pre_trained=job.pretrained, n_features=features, **options)
+    features = known or min(_PADIM_FEATURES, sum(_channels(backbone, training.recipe.levels)))
+    return Padim(pre_trained=training.pretrained, n_features=features, **options)
 
 
 def _channels(backbone: str, levels: Sequence[int]) -> list[int]:
     return [int(channels) for channels in blank_extractor(backbone).feature_info.channels(list(levels))]
 
 
-def _statistics(job: Job) -> Statistics | None:
-    """Return what images are normalized with; None for a method without a backbone."""
-    if job.recipe.backbone is None:
+def _statistics(training: PeerTraining) -> Statistics | None:
+    """Return mean and deviation that images are normalized with; None for a method without a backbone."""
+    if training.recipe.backbone is None:
         return None
-    torchvisions = job.method == "cfa" and job.state is None
-    source = None if torchvisions else timm.get_pretrained_cfg(job.recipe.backbone, allow_unregistered=True)
+    torchvisions = training.method == "cfa" and training.state is None
+    source = None if torchvisions else timm.get_pretrained_cfg(training.recipe.backbone, allow_unregistered=True)
     if source is None:
         return IMAGENET
     return tuple(map(float, source.mean)), tuple(map(float, source.std))
@@ -221,7 +228,7 @@ def _draem(source: Path | None, folder: Path) -> Any:
 
 
 def _cfa(backbone: str, pretrained: bool) -> Any:
-    """anomalib's CFA, which knows pretrained weights only: untrained ones are put in its way."""
+    """Build anomalib's CFA, whose extractor is replaced for random weights, because it only has pretrained ones."""
     try:
         if not pretrained:
             with _replaced(cfa_module, "get_feature_extractor", _untrained_extractor):
@@ -236,7 +243,7 @@ def _cfa(backbone: str, pretrained: bool) -> Any:
 
 
 class _NamedLevels(nn.Module):
-    """A timm extractor whose levels are called as CFA calls those of a residual network."""
+    """A timm extractor whose levels have the names that CFA expects, those of a residual network."""
 
     def __init__(self, extractor: Any) -> None:
         super().__init__()
@@ -247,14 +254,14 @@ class _NamedLevels(nn.Module):
         return {f"layer{number}": level for number, level in enumerate(self.extractor(images), start=1)}
 
 
-def _cfa_on_timm(job: Job, backbone: str, state: Mapping[str, Tensor]) -> Any:
+def _cfa_on_timm(training: PeerTraining, backbone: str, state: Mapping[str, Tensor]) -> Any:
     """Build CFA on a network of timm, which anomalib does not offer.
 
     It is built as for ResNet-18; then its extractor is the given one and its descriptor has that one's channels.
     """
     try:
         extractor: Any = timm.create_model(
-            backbone, pretrained=False, features_only=True, out_indices=job.recipe.levels
+            backbone, pretrained=False, features_only=True, out_indices=training.recipe.levels
         )
         channels = sum(extractor.feature_info.channels())
         named = _NamedLevels(extractor).eval()
@@ -274,7 +281,7 @@ def _untrained_extractor(backbone: str, return_nodes: list[str]) -> Any:
 
 
 def _ask_torchvision(url: str) -> None:
-    """Asks whether weights that are not kept here can be had: PyTorch's own download waits without limit."""
+    """Raise OSError if weights are neither cached nor reachable: PyTorch's own download waits without limit."""
     if not (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file():
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_TIMEOUT).close()
 
@@ -293,12 +300,9 @@ def _no_backbone(label: str, backbone: str, error: Exception) -> BackboneError:
     return BackboneError(f"anomalib cannot build {label} on {backbone} ({reason}); choose another peer.backbone")
 
 
-# ---------------------------------------------------------------- what is held back
-
-
 @contextmanager
-def _held_back() -> Iterator[None]:
-    """No messages below an error, no warnings, no bars, from anomalib and Lightning."""
+def _quiet() -> Iterator[None]:
+    """Suppress messages below errors, warnings and bars of anomalib and Lightning, and replace `update_distances`."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
@@ -317,20 +321,20 @@ def _held_back() -> Iterator[None]:
 
 
 def _update_distances(self: Any, cluster_center: Tensor | None) -> None:
-    """Do what `KCenterGreedy.update_distances` does, with the same numbers, in memory that is used again.
+    """Compute the distances of `KCenterGreedy.update_distances`, the same to the bit, in memory that is reused.
 
-    anomalib allocates the differences to all features anew for each of thousands of centers, while a small tensor of
-    each center stays. glibc then may put every new block behind the last small one instead of where the one before it
-    was: on 31 images of 256 pixels the process grew beyond 22 GB.
+    anomalib allocates the differences to all features for each of thousands of centers, while a small tensor of each
+    center stays. glibc may then put every new block behind the last small one instead of into the freed block: on 31
+    images of 256 pixels the process grew beyond 22 GB.
     """
     if cluster_center is None:
         return
     features = self.features
-    kept = getattr(self, "_differences", None)
-    if kept is None or kept.shape != features.shape:
-        kept = self._differences = torch.empty_like(features)
-    torch.sub(features, features[cluster_center].squeeze(), out=kept)
-    distances = torch.linalg.norm(kept, ord=2, dim=1, keepdim=True)
+    differences = getattr(self, "_differences", None)
+    if differences is None or differences.shape != features.shape:
+        differences = self._differences = torch.empty_like(features)
+    torch.sub(features, features[cluster_center].squeeze(), out=differences)
+    distances = torch.linalg.norm(differences, ord=2, dim=1, keepdim=True)
     self.min_distances = distances if self.min_distances is None else torch.minimum(self.min_distances, distances)
 
 
@@ -350,9 +354,9 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _interrupts(engine: Engine) -> Iterator[None]:
-    """Ctrl-C and a request to terminate as if Lightning were not there.
+    """Restore the effects of Ctrl-C and SIGTERM.
 
-    It turns the first into an exit, and the second into a note that it may never read again.
+    Lightning turns the first into an exit, and the second into a flag that it may never read again.
     """
     try:
         yield

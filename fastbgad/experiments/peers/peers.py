@@ -1,11 +1,11 @@
-"""Methods of other authors, run by anomalib on the very split that fastbgad's own methods are measured on.
+"""Methods of other authors, run by anomalib on the split that fastbgad's own methods are measured on.
 
     scores = run_peer(cell, category, split, setup, device)
     evaluate(scores.maps, masks, scores.image_scores, labels)
 
 A peer learns from the split's normal images alone, SuperSimpleNet also from the known anomalies with their masks. All
-are shown the test images without labels and masks. Maps are the raw ones of the model: no normalisation, no threshold,
-no validation. Of the other methods in the paper's tables
+get the test images without labels and masks. Maps are the raw ones of the model: no normalization, no threshold, no
+validation. Of the other methods in the paper's tables
 (MSFD, FCDD, DevNet, DRA, AE-MSE, AE-SSIM, VT-ADL, FLOS, SAOE, MLEP) anomalib 2.7 has none.
 """
 
@@ -24,13 +24,12 @@ from torch.nn.functional import interpolate
 
 from ...data import Category, Split
 from ...errors import BackendError, ConfigError, DataError, FastBGADError, FeatureError
-from ..plan.cells import PEERS, Cell
-from ..plan.setup import Setup
+from ..plan import PEERS, Cell, Setup
 from .recipes import Recipe, recipe_of
 
 
 class PeerScores(NamedTuple):
-    """What a peer says of n test images, on the CPU, in the order of `split.test`."""
+    """Scores of n test images by a peer, on the CPU, in the order of `split.test`."""
 
     maps: Tensor  # [n, H, W] float32 at the setup's image size; higher is more anomalous
     image_scores: Tensor  # [n] float32, as the model gives them
@@ -48,12 +47,12 @@ def run_peer(
     anomaly_source: Path | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> PeerScores:
-    """Trains a method of another author on the split and scores its test images.
+    """Train a method of another author on the split and score its test images.
 
-    Networks start with the weights that anomalib gives them by default, from the hub, since those of `setup` (a file or
-    a package) belong to another network; with `setup.weights` "random" they are untrained. `cell.seed` seeds weights,
-    order and whatever else is drawn, and the caller's random state is left as it was. On a GPU the same seed may give
-    slightly different scores. CFLOW-AD's scores are relative to the test images given, as in its authors' code.
+    Networks start with anomalib's default weights from the hub, since those of `setup` (a file or a package) belong to
+    another network; with `setup.weights` "random" they are untrained. `cell.seed` seeds all draws, and the caller's
+    random state is unchanged. On a GPU the same seed may give slightly different scores. CFLOW-AD's scores are relative
+    to the test images given, as in its authors' code.
 
     Args:
         cell: method, seed and, as overrides, what differs from the method's recipe.
@@ -63,10 +62,9 @@ def run_peer(
         device: where to run.
         workers: threads that decode images.
         anomaly_source: a folder of textures that DRAEM pastes as anomalies, such as the Describable Textures Dataset
-            of its authors; None: it pastes noise. Other methods take no notice.
-        state: weights of the method's backbone in place of those that `setup.weights` says, under the names of timm's
-            whole model. CFA then takes any timm backbone, not only those that anomalib offers it. Images are
-            normalized with that backbone's own mean and deviation.
+            of its authors; None: it pastes noise. Other methods ignore it.
+        state: weights of the backbone in place of those of `setup.weights`, under the names of timm's whole model. CFA
+            then takes any timm backbone. Images are normalized with that backbone's own mean and deviation.
 
     Raises:
         MissingDependencyError: anomalib is not installed.
@@ -78,33 +76,41 @@ def run_peer(
         FeatureError: scores that are not finite.
     """
     recipe = recipe_of(cell)
-    label, height_width = PEERS[cell.method], setup.image_size
-    _check_size(label, recipe, height_width)
+    label, size = PEERS[cell.method], setup.image_size
+    _check_size(label, recipe, size)
+    _check_images(cell, category, split)
+    device = _indexed(device)
+    with _seeded(cell.seed, device):  # the import draws random numbers; it takes seconds, and needs an extra
+        from .engine import PeerTraining, train_and_score
+
+    pretrained = state is None and setup.weights != "random"
+    training = PeerTraining(cell.method, recipe, pretrained, size, device, workers, anomaly_source, state)
+    with _seeded(cell.seed, device), _clear_errors(f"{label} on {category.name}", recipe, size):
+        maps, image_scores, facts = train_and_score(training, split)
+    if maps.shape[-2:] != size:
+        maps = interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    if not (maps.isfinite().all() and image_scores.isfinite().all()):
+        raise FeatureError(
+            f"{label} gave scores that are NaN or Inf on {category.name} with {len(split.normals)} training images; "
+            "give it more images, pretrained weights or fewer epochs"
+        )
+    facts["weights"] = _weights_text(recipe, pretrained, state is not None)
+    return PeerScores(maps, image_scores, facts)
+
+
+def _weights_text(recipe: Recipe, pretrained: bool, given: bool) -> str:
+    if recipe.backbone is None:
+        return "none"
+    return "pretrained" if pretrained else "given" if given else "random"
+
+
+def _check_images(cell: Cell, category: Category, split: Split) -> None:
+    label = PEERS[cell.method]
     for part, samples in (("train", split.normals), ("test", split.test)):
         if not samples:
             raise DataError(f"{category.root} has no image to {part} {label} on")
     if cell.learns_from_anomalies and not split.known_anomalies:
         raise DataError(f"{label} learns from anomalies, but none of {category.root} is known: raise num_anomalies")
-    device = _indexed(device)
-    with _seeded(cell.seed, device):  # the import draws random numbers too
-        # anomalib takes seconds to import, and an extra to install
-        from .engine import Job, train_and_score
-
-    random_weights = setup.weights == "random"
-    pretrained = state is None and not random_weights
-    job = Job(cell.method, recipe, pretrained, height_width, device, workers, anomaly_source, state)
-    with _seeded(cell.seed, device), _clear_errors(f"{label} on {category.name}", recipe, height_width):
-        maps, image_scores, facts = train_and_score(job, split)
-    if maps.shape[-2:] != height_width:
-        maps = interpolate(maps[:, None], height_width, mode="bilinear", align_corners=False)[:, 0]
-    if not (torch.isfinite(maps).all() and torch.isfinite(image_scores).all()):
-        raise FeatureError(
-            f"{label} gave scores that are NaN or Inf on {category.name} with {len(split.normals)} training images; "
-            "give it more images, pretrained weights or fewer epochs"
-        )
-    weights = "pretrained" if pretrained else "random" if state is None else "given"
-    weights = "none" if recipe.backbone is None else weights
-    return PeerScores(maps, image_scores, {**facts, "weights": weights})
 
 
 def _check_size(label: str, recipe: Recipe, size: tuple[int, int]) -> None:
@@ -122,7 +128,7 @@ def _check_size(label: str, recipe: Recipe, size: tuple[int, int]) -> None:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """The device by its number: "cuda" alone means the current one, which Lightning would not know."""
+    """Return the device with its number: "cuda" alone means the current one, which Lightning does not know."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -130,9 +136,9 @@ def _indexed(device: torch.device) -> torch.device:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Every generator that anomalib draws from starts with the seed, and afterwards is where it was before.
+    """Seed every generator that anomalib draws from, and restore its state afterwards.
 
-    Not Lightning's `seed_everything`, which sets environment variables and reseeds every GPU.
+    Lightning's `seed_everything` is not used, because it sets environment variables and reseeds every GPU.
     """
     python = random.getstate()
     numpy = np.random.get_state()  # noqa: NPY002 (scikit-learn draws from it)
@@ -155,7 +161,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _clear_errors(what: str, recipe: Recipe, size: tuple[int, int]) -> Iterator[None]:
-    """Turns what anomalib raises into one message, with its own error as the cause."""
+    """Turn anomalib's errors into one message, with the original error as the cause."""
     try:
         yield
     except FastBGADError:

@@ -1,13 +1,13 @@
-"""How methods of other authors are trained, and what a cell may change of it."""
+"""Recipes by which methods of other authors are trained, and the options that a cell may change."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ConfigError
-from ..plan.cells import PEERS, Cell
+from ...wording import did_you_mean
+from ..plan import PEERS, Cell
 
 _PREFIX = "peer."
 _OPTIONS = ("backbone", "epochs", "batch_size")
@@ -15,18 +15,18 @@ _OPTIONS = ("backbone", "epochs", "batch_size")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a peer is trained. What is not said here is as anomalib has it."""
+    """Training of a peer; everything else is anomalib's default."""
 
     backbone: str | None
-    """Network whose features the method works on, anomalib's default; None: the method trains a network of its own."""
+    """Network whose features the method uses, anomalib's default; None: the method trains a network of its own."""
     epochs: int
     """Passes over the training images."""
     batch_size: int
     """Training images at a time; test images too, which changes no score."""
     square: bool = False
-    """Whether images must be as high as wide."""
+    """True if images must be square."""
     multiple: int = 1
-    """What both sides of an image must be a multiple of."""
+    """Both sides of an image must be multiples of this."""
     smallest: int = 1
     """Least height and width of an image, in pixels."""
     levels: tuple[int, ...] = ()
@@ -40,9 +40,9 @@ RECIPES: dict[str, Recipe] = {
     "patchcore": Recipe("wide_resnet50_2", epochs=1, batch_size=32, levels=(2, 3)),
     # Epochs and batches of the authors' code. anomalib's CFA resizes its levels to a square.
     "cfa": Recipe("wide_resnet50_2", epochs=30, batch_size=4, square=True, levels=(1, 2, 3)),
-    # Epochs and batches of the authors' code. Five times halved and doubled again.
+    # Epochs and batches of the authors' code. Its networks halve and double the sides five times.
     "draem": Recipe(None, epochs=700, batch_size=8, multiple=32),
-    # The authors' batches and, of anomalib, epochs and learning rate; see `cflow_ad`.
+    # Batches of the authors' code, epochs and learning rate of anomalib; see `cflow_ad`.
     "cflow_ad": Recipe("wide_resnet50_2", epochs=50, batch_size=32),
     # Epochs and batches of the authors' code. Supervised: see `SplitData` for how often it sees known anomalies. Its
     # noise has up to 32 periods, on a grid of a quarter of the image's sides rounded up to a power of two.
@@ -52,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(cell: Cell) -> Recipe:
-    """The recipe of a peer's cell, with the cell's overrides: peer.backbone, peer.epochs, peer.batch_size.
+    """Return the recipe of a peer's cell, with the cell's overrides: peer.backbone, peer.epochs, peer.batch_size.
 
     Raises:
         ConfigError: the method is no peer, or an override names no option or has a value that cannot work.
@@ -64,18 +64,16 @@ def recipe_of(cell: Cell) -> Recipe:
         option = name.removeprefix(_PREFIX)
         if option == name or option not in _OPTIONS:
             known = [_PREFIX + each for each in _OPTIONS]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
             raise ConfigError(
-                f"{PEERS[cell.method]} has no option {name!r}; {hint}there are {', '.join(known)}: what concerns "
-                "fastbgad's own training does not apply to methods of others"
+                f"{PEERS[cell.method]} has no option {name!r}; {did_you_mean(name, known)}there are "
+                f"{', '.join(known)}: options of fastbgad's own training do not apply to methods of others"
             )
         recipe = replace(recipe, **{option: _checked(cell.method, name, value)})
     return recipe
 
 
 def _checked(method: str, name: str, value: Any) -> Any:
-    """The value of an override, if it can work."""
+    """Return the value of an override; raise `ConfigError` if it cannot work."""
     if name == "peer.backbone":
         if RECIPES[method].backbone is None:
             raise ConfigError(f"{PEERS[method]} has no backbone to choose: leave {name} out")

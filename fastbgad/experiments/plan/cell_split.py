@@ -1,4 +1,4 @@
-"""The images of a cell: what it is trained on, what is known, what it is measured on."""
+"""The images of a cell: training images, known anomalies, test images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .cells import Cell
 
 
 def split_of(cell: Cell, category: Category) -> Split:
-    """Draws the cell's known anomalies and leaves out of the test the defect types that it does not test.
+    """Draw the cell's known anomalies and leave the defect types that it does not test out of the test.
 
-    Only names are looked at, no file is opened.
+    Only names of files are used; no file is opened.
 
     Raises:
         DataError: an unknown defect type, fewer anomalies than asked for, or none left for the test.

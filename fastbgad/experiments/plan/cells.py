@@ -1,4 +1,4 @@
-"""A cell: one measurement of one method, the unit that tables are made of and that is run, kept and resumed."""
+"""A cell: one measurement of one method, the unit that tables consist of and that is run, stored and resumed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ...config import METHOD_NAMES
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 
 Dataset = Literal["mvtec", "btad"]
 Value = bool | int | float | str
@@ -22,12 +22,12 @@ PEERS: dict[str, str] = {
     "draem": "DRAEM",
     "supersimplenet": "SuperSimpleNet",
 }
-"""Methods of other authors that can be run here, and how the tables write them."""
+"""Methods of other authors that can be run here, and their names in the tables."""
 
 METRICS: dict[str, str] = {"image_auroc": "Image AUROC", "pixel_auroc": "Pixel AUROC", "aupro": "AUPRO"}
-"""What is measured of a cell, each in [0, 1], and its name in a heading."""
+"""The metrics of a cell, each in [0, 1], and their names in headings."""
 
-# A name of a file must not become longer than file systems allow, whatever a dataset's types are called.
+# File systems limit the length of a name, and a dataset's types may have any.
 _LONGEST_PART = 40
 
 
@@ -51,14 +51,11 @@ class Cell:
     test_types: tuple[str, ...] | None = None
     """Defect types whose remaining images are tested beside the normal ones; None: all."""
     overrides: tuple[tuple[str, Value], ...] = ()
-    """What differs from the run's training configuration, such as (("loss.beta", 0.05),), sorted by name."""
+    """Changes of the run's training configuration, such as (("loss.beta", 0.05),), sorted by name."""
 
     def __post_init__(self) -> None:
-        if self.dataset not in get_args(Dataset):
-            raise ConfigError(f"the dataset is {self.dataset!r}; choose one of {', '.join(get_args(Dataset))}")
-        if self.method not in METHOD_NAMES and self.method not in PEERS:
-            known = ", ".join([*METHOD_NAMES, *PEERS])
-            raise ConfigError(f"the method is {self.method!r}; choose one of {known}")
+        check_choice("the dataset", self.dataset, Dataset)
+        check_choice("the method", self.method, [*METHOD_NAMES, *PEERS])
         if self.seed < 0 or self.num_anomalies < 0:
             raise ConfigError(f"seed is {self.seed} and num_anomalies {self.num_anomalies}; give at least 0")
         for name in ("known_types", "test_types"):
@@ -70,22 +67,22 @@ class Cell:
 
     @property
     def is_peer(self) -> bool:
-        """Whether the method is another author's."""
+        """True for a method of other authors."""
         return self.method in PEERS
 
     @property
     def learns_from_anomalies(self) -> bool:
-        """Whether the known anomalies are trained on."""
+        """True for a method that trains on the known anomalies."""
         return self.method in ("bgad", "bgad_dagger", "supersimplenet")
 
     @property
     def key(self) -> str:
-        """A name that is unique, readable and fit for a file."""
+        """A unique, readable name that can be a file name."""
         return self._name(self.as_dict())
 
     @property
     def training_key(self) -> str:
-        """The same for all cells that one training serves: those that only differ in what they are tested on."""
+        """A name that cells share if one training serves them: if they only differ in what they are tested on."""
         facts = self.as_dict()
         del facts["test_types"]
         if not self.learns_from_anomalies:
@@ -99,14 +96,18 @@ class Cell:
         return f"{readable}-{digest}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         facts = asdict(self)
         facts["overrides"] = dict(self.overrides)
         return facts
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Cell:
-        """The cell that `as_dict` described; raises `ConfigError` or TypeError for anything else."""
+        """Return the cell that `as_dict` described.
+
+        Raises:
+            ConfigError, TypeError, KeyError, AttributeError: it is something else.
+        """
         values = dict(facts)
         for name in ("known_types", "test_types"):
             values[name] = None if values[name] is None else tuple(values[name])
@@ -116,10 +117,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What was measured of a cell. Metrics are named as in `METRICS`, in [0, 1].
+    """Metrics of a cell, named as in `METRICS`, in [0, 1].
 
     Attributes:
-        cell: what was measured.
+        cell: the measured cell.
         last: the metrics after the last meta epoch.
         best: each metric's largest value over all meta epochs, as the official code selects them on the test set; None
             for methods that are measured once.
@@ -127,7 +128,7 @@ class CellResult:
         seconds: wall time of the training and its measurements; cells that share a training share this.
         known_anomalies: names of the known anomalies, which left the test set.
         n_test: how many test images were measured, and n_anomalous of them anomalous.
-        facts: machine, versions, parameters: whatever a reader may ask for later.
+        facts: about the run, such as machine, versions and the number of parameters.
     """
 
     cell: Cell
@@ -141,15 +142,15 @@ class CellResult:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self) | {"cell": self.cell.as_dict()}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> CellResult:
-        """The result that `as_dict` described.
+        """Return the result that `as_dict` described.
 
         Raises:
-            ConfigError, TypeError, KeyError: it is something else.
+            ConfigError, TypeError, KeyError, AttributeError: it is something else.
         """
         values = dict(facts)
         values["cell"] = Cell.from_dict(values["cell"])

@@ -1,4 +1,4 @@
-"""A table of a TOML file that is checked as it is read: types, choices, and keys that nobody asked for."""
+"""A table of a TOML file that is checked as it is read: types, choices, and unknown keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def parse_toml(file: str, text: str) -> dict[str, Any]:
-    """The content of a TOML file; raises `ConfigError` with the file's name where it is not valid."""
+    """Return the content of a TOML file; raise `ConfigError` with the file's name where it is not valid."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -21,7 +21,7 @@ def parse_toml(file: str, text: str) -> dict[str, Any]:
 
 
 class CheckedTable:
-    """A TOML table that is taken apart key by key; what is left over at the end is an error."""
+    """A TOML table from which each key is taken; `finish` raises an error for keys that are left."""
 
     def __init__(self, file: str, content: Mapping[str, Any], where: str = "") -> None:
         self._file, self._where = file, where
@@ -32,11 +32,11 @@ class CheckedTable:
         return key in self._content
 
     def wrong(self, what: str) -> ConfigError:
-        """The error that names the file and the place in it."""
+        """Return an error that names the file and the table in it."""
         return ConfigError(f"the protocol {self._file}{self._where}: {what}")
 
     def take(self, key: str, kind: type[T] | tuple[type[Any], ...], default: Any = None) -> Any:
-        """The value of a key, which must be of this type (a bool is no int); without a default it must be there."""
+        """Return the value of a key of this type (a bool is no int); without a default the key is required."""
         self._asked.append(key)
         if key not in self._content:
             if default is None:
@@ -49,33 +49,33 @@ class CheckedTable:
         return value
 
     def choice(self, key: str, known: Iterable[str]) -> str:
-        """The value of a key that is one of a few."""
+        """Return the value of a key, which must be one of the known ones."""
         value: str = self.take(key, str)
         self.check(key, value, known)
         return value
 
     def number(self, key: str) -> int:
-        """The value of a key that is a whole number, not negative."""
+        """Return the value of a key, which must be a whole number of at least 0."""
         value: int = self.take(key, int)
         if value < 0:
             raise self.wrong(f"{key} is {value}; give at least 0")
         return value
 
     def seeds(self) -> tuple[int, ...]:
-        """The seeds: whole numbers, not negative, each once."""
+        """Return the seeds, which must be different whole numbers of at least 0."""
         seeds = self.take("seeds", list)
         if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
             raise self.wrong(f"seeds are {seeds!r}; give different whole numbers of at least 0")
         return tuple(seeds)
 
     def check(self, what: str, value: str, known: Iterable[str]) -> None:
-        """Raises `ConfigError` unless the value is one of the known ones."""
+        """Raise `ConfigError` unless the value is one of the known ones."""
         known = list(known)
         if value not in known:
             raise self.wrong(f"{what} is {value!r}; {did_you_mean(str(value), known)}{choose(known)}")
 
     def names(self, key: str, values: Any, known: Iterable[str], at_least: int = 1) -> tuple[str, ...]:
-        """Values that are a list of known names, each once."""
+        """Return the values, which must be a list of known names, each once."""
         known = list(known)
         if not isinstance(values, list) or len(values) < at_least or any(not isinstance(name, str) for name in values):
             raise self.wrong(f"{key} is {values!r}; give a list of names from {', '.join(known)}")
@@ -86,16 +86,16 @@ class CheckedTable:
         return tuple(values)
 
     def table(self, key: str) -> CheckedTable:
-        """A table within; empty where there is none."""
+        """Return the table of a key, an empty one where there is none."""
         return CheckedTable(self._file, self.take(key, dict, {}), f"{self._where}, [{key}]")
 
     def tables(self, key: str) -> list[tuple[str, CheckedTable]]:
-        """A table of tables within."""
+        """Return the names and tables of a table of tables."""
         inner = self.table(key)
         return [(name, inner.table(name)) for name in list(inner._content)]
 
     def entries(self, key: str) -> list[CheckedTable]:
-        """The tables of an array of tables."""
+        """Return the tables of an array of tables."""
         entries = self.take(key, list, [])
         if any(not isinstance(entry, dict) for entry in entries):
             raise self.wrong(f"{key} must be written as [[{key}]]")
@@ -105,11 +105,11 @@ class CheckedTable:
         ]
 
     def items_of(self, kind: type[T]) -> list[tuple[str, T]]:
-        """All items, whose values must be of this type."""
+        """Return all items, whose values must be of this type."""
         return [(name, self.take(name, kind)) for name in list(self._content)]
 
     def finish(self) -> None:
-        """Raises `ConfigError` for a key that nothing asked for."""
+        """Raise `ConfigError` for a key that was not taken."""
         for key in self._content:
             asked = list(dict.fromkeys(self._asked))
             raise self.wrong(f"the key {key!r} is unknown; {did_you_mean(key, asked)}known here: {', '.join(asked)}")

@@ -1,4 +1,4 @@
-"""What a table or a sweep consists of: rows and points, and the cells whose mean each of them is."""
+"""Plans of tables and sweeps: rows and points, and the cells whose mean each of them is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TablePlan:
     """As in published.csv."""
     title: str
     note: str
-    """What a reader must know, such as where our protocol had to be chosen because the paper does not say."""
+    """For readers, such as a choice of our protocol where the paper does not say."""
     dataset: Dataset
     rows: tuple[RowPlan, ...]
 
@@ -44,7 +44,7 @@ class TablePlan:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One value of what is swept, for one method."""
+    """One value of a swept option, for one method."""
 
     method: str
     """A method of `fastbgad.config.METHOD_NAMES`."""
@@ -54,7 +54,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """An ablation: everything stays as it is but for one option, which takes several values."""
+    """An ablation: one option takes several values, everything else is fixed."""
 
     name: str
     title: str
@@ -75,5 +75,5 @@ Plan = TablePlan | SweepPlan
 
 
 def cells_of(plans: Iterable[Plan]) -> tuple[Cell, ...]:
-    """The cells of several tables and sweeps, each once: what two of them share is run once."""
+    """Return the cells of several tables and sweeps, each once."""
     return tuple(dict.fromkeys(cell for plan in plans for cell in plan.cells))

@@ -40,7 +40,7 @@ from typing import Any, Final, get_args
 
 from ...config import METHOD_NAMES, TrainConfig
 from ...errors import ConfigError
-from ...wording import did_you_mean
+from ...wording import choose, did_you_mean
 from .cells import PEERS, Dataset, Value
 from .checked_toml import CheckedTable, parse_toml
 from .setup import with_overrides
@@ -56,20 +56,20 @@ _DATASET_PREFIX: Final = "dataset_"
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What a data set consists of, as it is published."""
+    """Categories and defect types of a data set, as it is published."""
 
     title: str
     images: Mapping[str, Mapping[str, int]]
     """Of every category, in the paper's order, the number of anomalous test images of each type."""
 
     def types(self, category: str) -> tuple[str, ...]:
-        """The defect types of a category, sorted."""
+        """Return the defect types of a category, sorted."""
         return tuple(sorted(self.images[category]))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Which anomalies are known, what is tested, and which rows of the table that makes."""
+    """One setting of a table: which anomalies are known, which types are tested, which rows it has."""
 
     name: str
     num_anomalies: int
@@ -97,7 +97,7 @@ class TableProtocol:
 
 @dataclass(frozen=True)
 class PointProtocol:
-    """One value of a sweep, and what is different there."""
+    """One value of a sweep, and the changes that it makes."""
 
     value: Value
     num_anomalies: int | None
@@ -124,12 +124,12 @@ class SweepProtocol:
 
 
 def protocol_names(kind: str) -> tuple[str, ...]:
-    """The names of the package's protocols of a kind: "table" or "sweep"."""
+    """Return the names of the package's protocols of a kind: "table" or "sweep"."""
     return tuple(name for name, content in _packaged().items() if content.get("kind") == kind)
 
 
 def protocol_source(name: str) -> str:
-    """The text of a protocol's file: one of the package's by its name, or a user's own by its path ending in .toml.
+    """Return the text of a protocol's file: one of the package's by its name, or a user's own by its path in .toml.
 
     Raises:
         ConfigError: there is none of this name, or the file cannot be read.
@@ -144,15 +144,15 @@ def protocol_source(name: str) -> str:
     known = [*protocol_names("table"), *protocol_names("sweep")]
     if name not in known:
         raise ConfigError(
-            f"there is no protocol {name!r}; {did_you_mean(name, known)}choose one of {', '.join(known)}, or give the "
-            "path of a .toml file of your own"
+            f"there is no protocol {name!r}; {did_you_mean(name, known)}{choose(known)}, or give the path of a .toml "
+            "file of your own"
         )
     return (_folder() / f"{name}.toml").read_text(encoding="utf-8")
 
 
 @functools.cache
 def dataset_facts(name: Dataset) -> DatasetFacts:
-    """The categories of a data set and their types."""
+    """Return the categories of a data set and their types."""
     file = f"{_DATASET_PREFIX}{name}.toml"
     table = CheckedTable(file, parse_toml(file, (_folder() / file).read_text(encoding="utf-8")))
     table.choice("kind", ("dataset",))
@@ -163,7 +163,7 @@ def dataset_facts(name: Dataset) -> DatasetFacts:
 
 
 def read_protocol(name: str) -> TableProtocol | SweepProtocol:
-    """Reads and checks a protocol, named as in `protocol_source`.
+    """Read and check a protocol, named as in `protocol_source`.
 
     Raises:
         ConfigError: there is no such protocol, or its file is wrong: an unknown key, method, category, type or option,
@@ -176,7 +176,7 @@ def read_protocol(name: str) -> TableProtocol | SweepProtocol:
 
 
 def option_of(config: TrainConfig, name: str) -> Value:
-    """The value of an option, named by its place, such as "loss.beta"."""
+    """Return the value of an option, named by its section, such as "loss.beta"."""
     section, _, option = name.partition(".")
     value: Value = getattr(getattr(config, section), option)
     return value
@@ -290,7 +290,7 @@ def _read_point_entry(entry: CheckedTable, methods: tuple[str, ...]) -> PointPro
 def _read_point(
     table: CheckedTable, value: Value | None, overrides: Mapping[str, Value], stand_ins: Mapping[str, str]
 ) -> PointProtocol:
-    """A point with a name for its value, or None where one option is swept and its value is the point's."""
+    """Return a point; `value` names it, or is None where one option is swept, whose value then names the point."""
     options = dict(overrides)
     known = options.pop(NUM_ANOMALIES, None)
     if known is not None and (type(known) is not int or known < 0):

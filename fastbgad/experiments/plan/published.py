@@ -1,7 +1,7 @@
 """The numbers that the paper's slides publish, from `published.csv`.
 
 One line of that file is one number: table, data set, setting, row, method, metric, value, and the deviation over runs
-where the slides print one. Methods, rows and settings are named as `fastbgad.experiments.plan.RowPlan` names them.
+where the slides print one. Methods, rows and settings are named as `RowPlan` names them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUNNABLE: dict[str, str] = {
     "BGAD_dagger": "bgad_dagger",
     "BGAD": "bgad",
 } | {written: method for method, written in PEERS.items()}
-"""How the tables write a method that can be run here, and its name in a `Cell`. All others are published numbers."""
+"""Names of methods in a `Cell` by their names in the tables. Methods that are not here cannot be run here."""
 
 TABLES: Final = (
     "unsupervised_vs_bgad",
@@ -38,7 +38,7 @@ _FILE: Final = "published.csv"
 
 
 @dataclass(frozen=True)
-class PublishedCell:
+class PublishedNumber:
     """One number of the slides."""
 
     table: str
@@ -56,46 +56,46 @@ class PublishedCell:
     """Deviation over the authors' runs; None where the slides give none."""
 
     @property
-    def place(self) -> tuple[str, str, str, str]:
+    def key(self) -> tuple[str, str, str, str]:
         """Setting, row, method and metric: unique within a table."""
         return self.setting, self.row, self.method, self.metric
 
 
-def published(table: str) -> tuple[PublishedCell, ...]:
-    """The published numbers of a table, in the order of the slides; none for a table that is not one of `TABLES`.
+def published(table: str) -> tuple[PublishedNumber, ...]:
+    """Return the published numbers of a table, in the order of the slides; none for a table not in `TABLES`.
 
     Raises:
         DataError: the installed published.csv is damaged.
     """
-    return tuple(cell for cell in _all_cells() if cell.table == table)
+    return tuple(number for number in _all_numbers() if number.table == table)
 
 
 @functools.cache
-def _all_cells() -> tuple[PublishedCell, ...]:
+def _all_numbers() -> tuple[PublishedNumber, ...]:
     return read_published((resources.files(__package__) / _FILE).read_text(encoding="utf-8"))
 
 
-def read_published(text: str) -> tuple[PublishedCell, ...]:
-    """Reads the text of a file like published.csv.
+def read_published(text: str) -> tuple[PublishedNumber, ...]:
+    """Read the text of a file like published.csv.
 
     Raises:
-        DataError: other columns, a number outside [0, 1], an unknown table, data set or metric, or a place that comes
-            twice.
+        DataError: other columns, a number outside [0, 1], an unknown table, data set or metric, or two numbers with the
+            same table and key.
     """
     reader = csv.DictReader(io.StringIO(text))
-    columns = [field.name for field in fields(PublishedCell)]
+    columns = [field.name for field in fields(PublishedNumber)]
     if reader.fieldnames != columns:
         raise DataError(f"{_FILE} has the columns {reader.fieldnames}; it needs {', '.join(columns)}")
-    cells = tuple(_read_line(line, reader.line_num) for line in reader)
-    places = set()
-    for cell in cells:
-        if (cell.table, cell.place) in places:
-            raise DataError(f"{_FILE} has two numbers for {cell.table}, {', '.join(cell.place)}; keep one")
-        places.add((cell.table, cell.place))
-    return cells
+    numbers = tuple(_read_line(line, reader.line_num) for line in reader)
+    keys = set()
+    for number in numbers:
+        if (number.table, number.key) in keys:
+            raise DataError(f"{_FILE} has two numbers for {number.table}, {', '.join(number.key)}; keep one")
+        keys.add((number.table, number.key))
+    return numbers
 
 
-def _read_line(line: dict[str, Any], number: int) -> PublishedCell:
+def _read_line(line: dict[str, Any], number: int) -> PublishedNumber:
     if None in line or None in line.values():
         raise DataError(f"line {number} of {_FILE} has more or fewer fields than the first line")
     for column, known in (("table", TABLES), ("dataset", get_args(Dataset)), ("metric", tuple(METRICS))):
@@ -107,4 +107,4 @@ def _read_line(line: dict[str, Any], number: int) -> PublishedCell:
         raise DataError(f"line {number} of {_FILE}: {error}") from error
     if not 0 <= value <= 1 or not (std is None or 0 <= std <= 1):
         raise DataError(f"line {number} of {_FILE} has the value {value} and deviation {std}; both lie in [0, 1]")
-    return PublishedCell(**line | {"value": value, "std": std})
+    return PublishedNumber(**line | {"value": value, "std": std})

@@ -1,4 +1,4 @@
-"""What all cells of a run have in common: backbone, image size, schedule, and how results are scored."""
+"""Options that all cells of a run have in common: backbone, image size, training, scoring."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ...backbones import Standardize
 from ...config import TrainConfig
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 from ...evaluate.evaluation import CalibrationName
 from ...ops import MatmulPrecision
 from ...ops.dispatch import resolve_matmul_precision
@@ -47,13 +47,12 @@ class Setup:
     float32, or bfloat16, with which CPUs that have such instructions train faster."""
 
     def __post_init__(self) -> None:
-        if self.calibration not in get_args(CalibrationName):
-            raise ConfigError(f"calibration is {self.calibration!r}; choose training or official")
+        check_choice("calibration", self.calibration, CalibrationName)
         if not 0 < self.pro_limit <= 1:
             raise ConfigError(f"pro_limit is {self.pro_limit}; it lies in (0, 1]")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; the matmul precision is stored as "precision", without "auto"."""
+        """Return plain values, for JSON; the matmul precision is stored as "precision", without "auto"."""
         values = asdict(self)
         del values["matmul_precision"]
         values["precision"] = resolve_matmul_precision(self.matmul_precision)
@@ -65,7 +64,7 @@ class Setup:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
     def training_of(self, cell: Cell) -> TrainConfig:
-        """The training configuration of a cell of one of fastbgad's methods.
+        """Return the training configuration of a cell of one of fastbgad's methods.
 
         Raises:
             ConfigError: an override names no option, or has a value that cannot work.
@@ -76,7 +75,7 @@ class Setup:
 
 
 def with_overrides(config: TrainConfig, overrides: Mapping[str, Value]) -> TrainConfig:
-    """The configuration with some options changed, each named by its place, such as "loss.beta".
+    """Return the configuration with some options changed, each named by its section, such as "loss.beta".
 
     Raises:
         ConfigError: no such option, or a value of another type or out of its range.
@@ -87,10 +86,10 @@ def with_overrides(config: TrainConfig, overrides: Mapping[str, Value]) -> Train
         options = {each.name for each in fields(section)} if is_dataclass(section) else set()
         if option not in options:
             raise ConfigError(f"there is no option {name!r}; name it like loss.beta or flow.coupling_layers")
-        wanted = type(getattr(section, option))
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        option_type = type(getattr(section, option))
+        if option_type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if type(value) is not wanted:
-            raise ConfigError(f"{name} is {value!r}; it is of type {wanted.__name__}")
+        if type(value) is not option_type:
+            raise ConfigError(f"{name} is {value!r}; it is of type {option_type.__name__}")
         config = replace(config, **{part: replace(section, **{option: value})})
     return config

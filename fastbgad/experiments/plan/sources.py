@@ -1,4 +1,4 @@
-"""Where the data sets lie: the folders of --data, searched for categories that are told apart by their names."""
+"""The folders of --data, searched for categories, which are told apart by their names."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .protocol_file import dataset_facts
 # BTAD unpacks to BTech_Dataset_transformed.
 _FOLDER_NAMES = re.compile(r"mvtec|btad|btech", re.IGNORECASE)
 
-Place = tuple[Dataset, str]
+CategoryKey = tuple[Dataset, str]
 """A data set and one of its categories."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The categories that were found.
+    """Folders of categories.
 
     Attributes:
-        folders: of each category found, its folder; the first where there are several.
-        searched: the folders that were looked into.
+        folders: the folder of each category, the first where there are several.
+        searched: the folders that were searched.
     """
 
-    folders: dict[Place, Path]
+    folders: dict[CategoryKey, Path]
     searched: tuple[Path, ...]
 
     def open(self, dataset: Dataset, category: str, check: Check = "quick") -> Category:
-        """Opens a category.
+        """Open a category.
 
         Raises:
             DataError: it was not found, or (`DatasetProblemsError`) its files are not fit for use.
@@ -47,7 +47,7 @@ class Sources:
     def _not_found(self, dataset: Dataset, category: str) -> str:
         searched = ", ".join(map(str, self.searched))
         title = dataset_facts(dataset).title
-        if not any(found == dataset for found, _ in self.folders):
+        if not any(other == dataset for other, _ in self.folders):
             return (
                 f"{title} was not found: neither {category} nor another of its categories lies in {searched}; give the "
                 "folder that holds them with --data"
@@ -56,7 +56,7 @@ class Sources:
 
 
 def find_sources(folders: Sequence[Path]) -> Sources:
-    """Looks for the categories of all data sets in folders.
+    """Search folders for the categories of all data sets.
 
     Each folder holds categories, is one, or holds folders named mvtec*, btad* or btech*, in any case, that hold
     categories.
@@ -67,7 +67,7 @@ def find_sources(folders: Sequence[Path]) -> Sources:
     if not folders:
         raise DataError("no folder of data sets was given; name one or more with --data")
     names = {category: dataset for dataset in get_args(Dataset) for category in dataset_facts(dataset).images}
-    found: dict[Place, Path] = {}
+    category_folders: dict[CategoryKey, Path] = {}
     searched = []
     for folder in folders:
         if not folder.is_dir():
@@ -76,8 +76,8 @@ def find_sources(folders: Sequence[Path]) -> Sources:
         searched += sorted(path for path in folder.iterdir() if _FOLDER_NAMES.match(path.name) and path.is_dir())
     for folder in searched:
         for path in _category_folders(folder, names):
-            found.setdefault((names[path.name], path.name), path)
-    return Sources(found, tuple(searched))
+            category_folders.setdefault((names[path.name], path.name), path)
+    return Sources(category_folders, tuple(searched))
 
 
 def _category_folders(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -87,6 +87,6 @@ def _category_folders(folder: Path, names: Iterable[str]) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.name in set(names) and path.is_dir()]
 
 
-def places_of(cells: Iterable[Cell]) -> tuple[Place, ...]:
-    """The categories that cells are measured on, each once, in their order."""
+def categories_of(cells: Iterable[Cell]) -> tuple[CategoryKey, ...]:
+    """Return the categories that cells are measured on, each once, in their order."""
     return tuple(dict.fromkeys((cell.dataset, cell.category) for cell in cells))

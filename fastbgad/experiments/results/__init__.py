@@ -1,1 +1,10 @@
-"""What comes of the cells: summaries, tables, charts and the page."""
+"""Results of cells: summaries, tables, charts, pictures and the page."""
+
+from __future__ import annotations
+
+from .outputs import print_plans, write_outputs
+
+__all__ = [
+    "print_plans",
+    "write_outputs",
+]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...render.svg import BOUNDARY, INK, SERIES, Chart, drawn_svg, inside_page, new_panels
-from ..plan.cells import METRICS, Value
+from ..plan import METRICS, Value
 from .matrix import Matrix, matrix_of
-from .summary import SELECTIONS, Estimate, Measured, Summary, SweepSummary, TableSummary
+from .summary import SELECTIONS, Estimate, Measured, Summary, SweepSummary, TableRow, TableSummary
 from .texts import method_text, value_text
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABEL_LETTERS, _TICK_LETTERS = 48, 44  # that fit below a sweep's chart
-# One more than there are colours: more methods than these still differ.
+# One more than there are colors, so that more methods than colors still differ.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PUBLISHED_NOTE = "Filled: ours, with the deviation over seeds. Hollow: published."
 _NO_RESULTS = "Nothing to draw yet: no seed is complete."
 
 
 class Drawing(NamedTuple):
-    """A chart for the page, and the same one for a file."""
+    """A chart for the page, and the same chart for a file."""
 
     name: str
     """Of its file, without the suffix."""
@@ -37,7 +37,7 @@ class Drawing(NamedTuple):
 
 
 def drawings_of(summary: Summary) -> Iterator[Drawing]:
-    """One drawing for every metric that the table or sweep is about.
+    """Yield a drawing for every metric of the table or sweep.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -57,7 +57,7 @@ def _table_figure(summary: TableSummary, metric: str) -> Figure | None:
     matrices = [matrix_of(summary, metric, selection) for selection in SELECTIONS]
     columns = [number for number, column in enumerate(matrices[0].columns) if column.is_measured]
     lines = matrices[0].lines
-    rows = [line.cells[number] for line in lines for number in columns]
+    rows = [line.entries[number] for line in lines for number in columns]
     if not any(row and row.measured and row.measured.last.mean is not None for row in rows):
         return None
     step = max(0.105 * len(columns), 0.2)
@@ -74,53 +74,69 @@ def _table_figure(summary: TableSummary, metric: str) -> Figure | None:
 
 
 def _add_legend(figure: Figure, methods: Sequence[str], *, hollow: str | None = None) -> None:
-    """What the marks mean, below the panels: a file has no page that could say it."""
+    """Explain the marks below the panels, because a file has no page that could."""
     from matplotlib.lines import Line2D
 
-    marks = [
-        Line2D(
-            [], [], color=SERIES[n % len(SERIES)], marker=_MARKERS[n % len(_MARKERS)], markersize=4, linestyle="none",
-            label=method,
-        )
-        for n, method in enumerate(methods)
-    ]  # fmt: skip
+    def mark(label: str, **style: Any) -> Line2D:
+        return Line2D([], [], markersize=4, linestyle="none", label=label, **style)
+
+    marks = [mark(method, **_style(number)) for number, method in enumerate(methods)]
     if hollow is not None:
-        marks.append(
-            Line2D([], [], color=INK, marker="o", fillstyle="none", markersize=4, linestyle="none", label=hollow)
-        )
+        marks.append(mark(hollow, color=INK, marker="o", fillstyle="none"))
     figure.legend(
-        handles=marks, loc="outside lower left", ncols=5, fontsize=8, labelcolor=INK, frameon=False, handletextpad=0.1,
+        handles=marks,
+        loc="outside lower left",
+        ncols=5,
+        fontsize=8,
+        labelcolor=INK,
+        frameon=False,
+        handletextpad=0.1,
         columnspacing=1.2,
-    )  # fmt: skip
+    )
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Return color and marker of a method by its number."""
+    return {"color": SERIES[number % len(SERIES)], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
 def _draw_rows(axes: Axes, matrix: Matrix, columns: Sequence[int]) -> None:
-    for place, number in enumerate(columns):
-        color, marker = SERIES[place % len(SERIES)], _MARKERS[place % len(_MARKERS)]
-        shift = 0.68 * ((place + 0.5) / len(columns) - 0.5)
-        published, ours, pairs = [], [], []
-        for height, row in enumerate(line.cells[number] for line in matrix.lines):
-            estimate = row.measured.of(matrix.selection) if row and row.measured else Estimate(None, None, 0)
-            if row and row.published is not None:
-                published.append((row.published, height + shift, row.published_std))
-            if estimate.mean is not None:
-                ours.append((estimate.mean, height + shift, estimate.std))
-            if row and row.published is not None and estimate.mean is not None:
-                pairs.append((height + shift, 100 * row.published, 100 * estimate.mean))
-        axes.hlines(
-            [height for height, _, _ in pairs], [start for _, start, _ in pairs], [end for _, _, end in pairs],
-            color=color, linewidth=0.8,
-        )  # fmt: skip
-        for marks, face in ((published, "none"), (ours, color)):
-            axes.errorbar(
-                [100 * value for value, _, _ in marks], [height for _, height, _ in marks],
-                xerr=[100 * (std or 0.0) for _, _, std in marks], color=color, marker=marker, markersize=3.4,
-                markerfacecolor=face, markeredgewidth=0.8, elinewidth=0.8, linestyle="none",
-            )  # fmt: skip
+    for number, column in enumerate(columns):
+        shift = 0.68 * ((number + 0.5) / len(columns) - 0.5)
+        _draw_method(axes, [line.entries[column] for line in matrix.lines], matrix.selection, shift, _style(number))
     for height, line in enumerate(matrix.lines):
         if line.is_mean:
             axes.axhspan(height - 0.5, height + 0.5, color=BOUNDARY, alpha=0.05, linewidth=0)
     axes.grid(axis="y", visible=False)
+
+
+def _draw_method(
+    axes: Axes, rows: Sequence[TableRow | None], selection: str, shift: float, style: dict[str, Any]
+) -> None:
+    """Draw the published number and ours of every row of a method, joined by a line."""
+    published, ours, pairs = [], [], []
+    for height, row in enumerate(rows):
+        estimate = row.measured.of(selection) if row and row.measured else Estimate(None, None, 0)
+        if row and row.published is not None:
+            published.append((row.published, height + shift, row.published_std))
+        if estimate.mean is not None:
+            ours.append((estimate.mean, height + shift, estimate.std))
+        if row and row.published is not None and estimate.mean is not None:
+            pairs.append((height + shift, 100 * row.published, 100 * estimate.mean))
+    heights, starts, ends = ([pair[part] for pair in pairs] for part in range(3))
+    axes.hlines(heights, starts, ends, color=style["color"], linewidth=0.8)
+    for marks, face in ((published, "none"), (ours, style["color"])):
+        axes.errorbar(
+            [100 * value for value, _, _ in marks],
+            [height for _, height, _ in marks],
+            xerr=[100 * (std or 0.0) for _, _, std in marks],
+            markersize=3.4,
+            markerfacecolor=face,
+            markeredgewidth=0.8,
+            elinewidth=0.8,
+            linestyle="none",
+            **style,
+        )
 
 
 def _sweep_figure(summary: SweepSummary, metric: str) -> Figure | None:
@@ -130,50 +146,52 @@ def _sweep_figure(summary: SweepSummary, metric: str) -> Figure | None:
         return None
     values = list(dict.fromkeys(row.value for row in rows))
     is_numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    places = {value: float(value) if is_numeric else float(number) for number, value in enumerate(values)}
+    positions = {value: float(value) if is_numeric else float(number) for number, value in enumerate(values)}
     figure, panels = new_panels(3.6, 3.7, rows=len(SELECTIONS))
     for axes, selection in zip(panels, SELECTIONS, strict=True):
         for number, method in enumerate(summary.methods):
             shift = 0.0 if is_numeric else 0.12 * (number - (len(summary.methods) - 1) / 2)
             points = [
-                (places[row.value] + shift, row.measured)
-                for row in sorted(rows, key=lambda row: places[row.value])
+                (positions[row.value] + shift, row.measured)
+                for row in sorted(rows, key=lambda row: positions[row.value])
                 if row.method == method and row.measured.of(selection).mean is not None
             ]
             _draw_points(axes, points, selection, number, linestyle="-" if is_numeric else "none")
         axes.set_title(SELECTIONS[selection], loc="left", fontsize=8.5, color=INK)
         axes.set_ylabel("%", color=INK, fontsize=8)
     panels[-1].set_xlabel(textwrap.fill(plan.label, _LABEL_LETTERS), parse_math=False)
-    _set_value_axis(panels[0], values, places, is_numeric, plan.logarithmic)
+    _set_value_axis(panels[0], positions, is_numeric, plan.logarithmic)
     _add_legend(figure, [method_text(method) for method in summary.methods])
     return figure
 
 
 def _draw_points(
     axes: Axes, points: Sequence[tuple[float, Measured]], selection: str, number: int, linestyle: str
-) -> None:  # fmt: skip
-    estimates = [(place, measured.of(selection)) for place, measured in points]
+) -> None:
+    estimates = [(position, measured.of(selection)) for position, measured in points]
     axes.errorbar(
-        [place for place, _ in estimates],
+        [position for position, _ in estimates],
         [100 * (estimate.mean or 0.0) for _, estimate in estimates],
         yerr=[100 * (estimate.std or 0.0) for _, estimate in estimates],
-        color=SERIES[number % len(SERIES)], marker=_MARKERS[number % len(_MARKERS)], markersize=4, linewidth=1.2,
-        elinewidth=0.9, capsize=2, linestyle=linestyle,
-    )  # fmt: skip
+        markersize=4,
+        linewidth=1.2,
+        elinewidth=0.9,
+        capsize=2,
+        linestyle=linestyle,
+        **_style(number),
+    )
 
 
-def _set_value_axis(
-    axes: Axes, values: Sequence[Value], places: dict[Value, float], is_numeric: bool, logarithmic: bool
-) -> None:
+def _set_value_axis(axes: Axes, positions: dict[Value, float], is_numeric: bool, logarithmic: bool) -> None:
     if is_numeric and logarithmic:
-        positive = [place for place in places.values() if place > 0]
-        if len(positive) == len(values):
+        positive = [position for position in positions.values() if position > 0]
+        if len(positive) == len(positions):
             axes.set_xscale("log")
         elif positive:
-            # Zero has no place on a logarithmic axis: it gets a linear stretch of its own.
+            # A logarithmic axis has no zero: it gets a linear part for it.
             axes.set_xscale("symlog", linthresh=min(positive), linscale=0.6)
-    names = [textwrap.fill(value_text(value), _TICK_LETTERS // len(values)) for value in values]
-    axes.set_xticks(list(places.values()), names, parse_math=False)
+    names = [textwrap.fill(value_text(value), _TICK_LETTERS // len(positions)) for value in positions]
+    axes.set_xticks(list(positions.values()), names, parse_math=False)
     axes.set_xticks([], minor=True)
     if not is_numeric:
-        axes.set_xlim(-0.5, len(values) - 0.5)
+        axes.set_xlim(-0.5, len(positions) - 0.5)

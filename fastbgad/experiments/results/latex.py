@@ -1,30 +1,32 @@
-"""Tables and sweeps for papers: LaTeX files to be read with \\input, in the manner of booktabs."""
+"""Tables and sweeps for papers: LaTeX files for \\input, with rules of booktabs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..plan.cells import METRICS
-from ..plan.plan import Plan
+from ..plan import METRICS, Plan
 from .matrix import Column, Line, Matrix, matrix_of
 from .summary import SELECTIONS, Measured, Summary, SweepSummary, TableRow, TableSummary
 from .texts import DATASETS, MISSING, count_text, method_text, ours_text, published_text, signed, value_text
 
-_SPECIAL = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "†": r"$^\dagger$",
+_SPECIAL = {letter: rf"\{letter}" for letter in "{}&%$#_"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "†": r"$^\dagger$",
     "−": "$-$",
-}  # fmt: skip
+}
 _NEEDS = r"% Needs \usepackage{booktabs} and \usepackage{graphicx}; read it with \input{NAME}."
 
 
 def escaped(text: str) -> str:
-    """`text` so that LaTeX prints it as it is."""
+    """Return text with LaTeX's special characters escaped."""
     return "".join(_SPECIAL.get(letter, letter) for letter in text)
 
 
 def latex_text(summary: Summary) -> str:
-    """The content of a .tex file: one table for every metric, and for tables one for every selection of the epoch."""
+    """Return the content of a .tex file: a table for every metric, and for tables for every selection of the epoch."""
     tables = _sweep_tables(summary) if isinstance(summary, SweepSummary) else _tables(summary)
     return "\n\n".join([_NEEDS.replace("NAME", f"{summary.plan.name}.tex"), *tables]) + "\n"
 
@@ -38,7 +40,9 @@ def _tables(summary: TableSummary) -> Iterator[str]:
             caption += " Bold: the best of our numbers."
             if not all(column.is_measured for column in matrix.columns):
                 caption += " Methods with one column are published numbers only."
-            if any(row.measured and not row.measured.is_complete for line in matrix.lines for row in line.cells if row):
+            if any(
+                row.measured and not row.measured.is_complete for line in matrix.lines for row in line.entries if row
+            ):
                 caption += " Numbers with a count in brackets are of fewer seeds than planned."
             yield _table(caption, f"{plan.name}-{metric}-{selection}", *_grid(matrix))
 
@@ -54,7 +58,7 @@ def _meaning(selection: str, heading: str) -> str:
 
 
 def _grid(matrix: Matrix) -> tuple[str, list[str], list[str]]:
-    """Alignment of the columns, lines of the heading, and lines of the body."""
+    """Return the alignment of the columns, the lines of the heading, and the lines of the body."""
     align = "l" + "".join("rrr" if column.is_measured else "r" for column in matrix.columns)
     first, second, rules, at = [""], [""], [], 2
     for column in matrix.columns:
@@ -73,16 +77,16 @@ def _grid(matrix: Matrix) -> tuple[str, list[str], list[str]]:
             setting = line.setting
         elif line.is_mean and body:
             body.append(r"\midrule")
-        body.append(_line([escaped(line.text), *_cells(matrix, line)]))
+        body.append(_line([escaped(line.text), *_numbers(matrix, line)]))
     return align, heading, body
 
 
-def _cells(matrix: Matrix, line: Line) -> Iterator[str]:
-    for number, (column, row) in enumerate(zip(matrix.columns, line.cells, strict=True)):
-        yield from _of_column(column, row, matrix.selection, is_best=number in line.best)
+def _numbers(matrix: Matrix, line: Line) -> Iterator[str]:
+    for number, (column, row) in enumerate(zip(matrix.columns, line.entries, strict=True)):
+        yield from _column_numbers(column, row, matrix.selection, is_best=number in line.best)
 
 
-def _of_column(column: Column, row: TableRow | None, selection: str, is_best: bool) -> Iterator[str]:
+def _column_numbers(column: Column, row: TableRow | None, selection: str, is_best: bool) -> Iterator[str]:
     yield _number(published_text(row))
     if not column.is_measured:
         return
@@ -128,8 +132,8 @@ def _sweep_tables(summary: SweepSummary) -> Iterator[str]:
         yield _table(caption, f"{plan.name}-{metric}", align, [_line(first), "".join(rules), _line(second)], body)
 
 
-def _line(cells: list[str]) -> str:
-    return " & ".join(cells) + r" \\"
+def _line(texts: list[str]) -> str:
+    return " & ".join(texts) + r" \\"
 
 
 def _table(caption: str, label: str, align: str, heading: list[str], body: list[str]) -> str:

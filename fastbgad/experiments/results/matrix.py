@@ -1,10 +1,10 @@
-"""One metric of a table as a grid of rows and methods, the shape in which pages, papers and charts show it."""
+"""One metric of a table as a matrix of rows and methods, for pages, papers and charts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan.cells import PEERS
+from ..plan import PEERS
 from .summary import TableRow, TableSummary
 from .texts import method_text, ours_text, row_text, setting_text
 
@@ -18,7 +18,7 @@ class Column:
     text: str
     """As readers see it."""
     is_measured: bool
-    """Whether any of its rows is measured here; otherwise all its numbers are published only."""
+    """False where all its numbers are published only."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Line:
     """For readers; empty where the whole table has one setting."""
     text: str
     is_mean: bool
-    cells: tuple[TableRow | None, ...]
+    entries: tuple[TableRow | None, ...]
     """One per column; None where there is neither a published number nor a plan to measure one."""
     best: frozenset[int]
-    """Columns of the best of our numbers, as printed; empty unless at least two have one."""
+    """Columns of the best of our numbers, as printed; empty with fewer than two of them."""
 
     @property
     def full_text(self) -> str:
-        """The row's name with its setting, where the table has several."""
+        """The row's name, after its setting where the table has several."""
         return f"{self.setting}, {self.text}" if self.setting else self.text
 
 
@@ -52,21 +52,21 @@ class Matrix:
 
 
 def matrix_of(summary: TableSummary, metric: str, selection: str) -> Matrix:
-    """The grid of a metric and a selection of `SELECTIONS`; methods that have nothing in it are left out."""
+    """Return the matrix of a metric and a selection of `SELECTIONS`, without methods that have no number in it."""
     rows = [row for row in summary.rows if row.metric == metric]
-    cells = {(row.setting, row.row, row.method): row for row in rows}
+    entries = {(row.setting, row.row, row.method): row for row in rows}
     methods = [method for method in summary.methods if any(row.method == method for row in rows)]
     measured = {row.method for row in rows if row.measured is not None}
     # sorted keeps the order of equals: first the paper's methods, then peers that ran here, then published numbers.
     methods = sorted(methods, key=lambda method: (method not in measured, method in PEERS.values()))
     columns = tuple(Column(method, method_text(method), method in measured) for method in methods)
-    places = list(dict.fromkeys((row.setting, row.row) for row in rows))
-    settings = {setting for setting, _ in places}
+    keys = list(dict.fromkeys((row.setting, row.row) for row in rows))
+    settings = {setting for setting, _ in keys}
     # Settings of one mean each need no headings: they are the rows.
-    are_rows = len(settings) == len(places) > 1 and {name for _, name in places} == {"mean"}
+    are_rows = len(settings) == len(keys) > 1 and {name for _, name in keys} == {"mean"}
     lines = []
-    for setting, name in places:
-        line = tuple(cells.get((setting, name, method)) for method in methods)
+    for setting, name in keys:
+        line = tuple(entries.get((setting, name, method)) for method in methods)
         heading = setting_text(setting) if len(settings) > 1 and not are_rows else ""
         text = setting_text(setting) if are_rows else row_text(name)
         is_mean = not are_rows and (name == "mean" or name.endswith(":mean"))
@@ -76,8 +76,8 @@ def matrix_of(summary: TableSummary, metric: str, selection: str) -> Matrix:
 
 def _best(line: tuple[TableRow | None, ...], selection: str) -> frozenset[int]:
     means = {}
-    for number, cell in enumerate(line):
-        if cell is not None and cell.measured is not None and cell.measured.of(selection).mean is not None:
+    for number, row in enumerate(line):
+        if row is not None and row.measured is not None and row.measured.of(selection).mean is not None:
             # Numbers that print alike are equally good.
-            means[number] = float(ours_text(cell.measured, selection).split(" ")[0])
+            means[number] = float(ours_text(row.measured, selection).split(" ")[0])
     return frozenset(n for n, mean in means.items() if mean == max(means.values())) if len(means) > 1 else frozenset()

@@ -1,4 +1,4 @@
-"""Everything that a run leaves for people: CSV and LaTeX files, charts, the qualitative figure, and the page."""
+"""Files for readers: CSV and LaTeX, charts, the qualitative figure, and the page."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 from ...render.svg import for_paper
 from ...system.files import write_text
-from ..plan.cells import Cell, CellResult
-from ..plan.plan import Plan
-from ..plan.published import published
-from ..plan.setup import Setup
+from ..plan import Cell, CellResult, Plan, Setup, published
 from .charts import drawings_of
 from .latex import latex_text
 from .page import Section, write_page
 from .pictures import load_examples, write_figure
-from .summary import Summary, summarise
+from .summary import Summary, summarize
 from .tables import csv_text, print_summary
 
 PAGE_FILE = "reproduce.html"
@@ -26,13 +23,13 @@ FIGURE_FILE = "qualitative.png"
 def write_outputs(
     folder: Path, plans: Sequence[Plan], results: Mapping[Cell, CellResult], setup: Setup, facts: Mapping[str, Any]
 ) -> list[Path]:
-    """Writes what the results say of the tables and sweeps; missing cells are counted, and never filled in.
+    """Write the results of tables and sweeps. Missing cells are counted and never filled in.
 
     Args:
         folder: of the run. Written are tables/NAME.csv, tables/NAME.tex, charts/NAME-METRIC.svg, qualitative.png where
             maps were kept, and reproduce.html.
         plans: the tables and sweeps, in the order of the page.
-        results: whatever is there.
+        results: of the cells that have one.
         setup: of the run.
         facts: of the run, possibly nested, for the page's manifest: seeds, versions, machines, ...
 
@@ -63,7 +60,7 @@ def write_outputs(
 
 
 def print_plans(plans: Sequence[Plan], results: Mapping[Cell, CellResult]) -> None:
-    """Prints the tables and sweeps in the terminal.
+    """Print the tables and sweeps in the terminal.
 
     Raises:
         MissingDependencyError: rich is not installed.
@@ -73,4 +70,4 @@ def print_plans(plans: Sequence[Plan], results: Mapping[Cell, CellResult]) -> No
 
 
 def _summaries(plans: Sequence[Plan], results: Mapping[Cell, CellResult]) -> list[Summary]:
-    return [summarise(plan, results, published(plan.name)) for plan in plans]
+    return [summarize(plan, results, published(plan.name)) for plan in plans]

@@ -14,9 +14,7 @@ from ...render.html_page import css_color, flat_items, render
 from ...render.thumbnails import jpeg_address
 from ...system.files import write_text
 from ...wording import count, duration
-from ..plan.cells import METRICS, Cell, CellResult
-from ..plan.plan import Plan
-from ..plan.setup import Setup
+from ..plan import METRICS, Cell, CellResult, Plan, Setup
 from .charts import Drawing
 from .matrix import Matrix, matrix_of
 from .pictures import Example
@@ -24,7 +22,7 @@ from .summary import SELECTIONS, Measured, Summary, SweepSummary, TableRow, Tabl
 from .texts import DATASETS, MISSING, count_text, method_text, ours_text, published_text, row_text, signed, value_text
 
 _TITLE = "The paper's experiments, reproduced"
-# Percentage points from which a difference gets the next stronger colour.
+# Percentage points from which a difference gets the next stronger color.
 _STEPS = (0.1, 0.5, 2.0)
 _MOST_ENTRIES = 12  # of a list in the manifest
 _MOST_MISSING = 40  # missing cells that are named
@@ -46,12 +44,12 @@ def write_page(
     setup: Setup,
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes the page.
+    """Write the page.
 
     Args:
         path: the file to write.
         sections: in the order of the page.
-        results: of the sections' cells, as far as they are there.
+        results: of the sections' cells that have one.
         examples: of the qualitative figure.
         problems: sentences on pictures that cannot be shown.
         setup: of the run.
@@ -62,7 +60,7 @@ def write_page(
         OutputError: the file cannot be written; what was there before stays.
     """
     cells = list(dict.fromkeys(cell for section in sections for cell in section.summary.plan.cells))
-    there = [results[cell] for cell in cells if cell in results]
+    measured = [results[cell] for cell in cells if cell in results]
     page = render(
         __package__,
         "reproduce.html.jinja",
@@ -73,8 +71,8 @@ def write_page(
         steps=[f"{step:g}" for step in _STEPS],
         setup=_keys({"digest": setup.digest, **setup.as_dict()}),
         facts=_keys(facts),
-        recorded=_recorded(there),
-        done=len(there),
+        recorded=_recorded(measured),
+        done=len(measured),
         planned=len(cells),
         seeds=sorted({cell.seed for cell in cells}),
         heat_gradient=", ".join(css_color(color) for color in plots.HEAT_COLORS),
@@ -118,20 +116,20 @@ def _metrics(summary: TableSummary, drawings: Sequence[Drawing]) -> Iterator[dic
 def _grid(matrix: Matrix) -> dict[str, Any]:
     lines, setting = [], ""
     for line in matrix.lines:
-        cells = [
-            cell
-            for number, (column, row) in enumerate(zip(matrix.columns, line.cells, strict=True))
-            for cell in _grid_cells(row, column.is_measured, matrix.selection, is_best=number in line.best)
+        entries = [
+            entry
+            for number, (column, row) in enumerate(zip(matrix.columns, line.entries, strict=True))
+            for entry in _grid_entries(row, column.is_measured, matrix.selection, is_best=number in line.best)
         ]
         heading = line.setting if line.setting != setting else ""
         setting = line.setting
-        lines.append({"heading": heading, "text": line.text, "is_mean": line.is_mean, "cells": cells})
+        lines.append({"heading": heading, "text": line.text, "is_mean": line.is_mean, "entries": entries})
     width = 1 + sum(3 if column.is_measured else 1 for column in matrix.columns)
     n_only = sum(not column.is_measured for column in matrix.columns)
     return {"columns": matrix.columns, "lines": lines, "width": width, "n_only": n_only}
 
 
-def _grid_cells(row: TableRow | None, is_measured: bool, selection: str, is_best: bool) -> Iterator[dict[str, Any]]:
+def _grid_entries(row: TableRow | None, is_measured: bool, selection: str, is_best: bool) -> Iterator[dict[str, Any]]:
     yield {"kind": "published start" if is_measured else "published", "text": published_text(row)}
     if not is_measured:
         return
@@ -139,18 +137,18 @@ def _grid_cells(row: TableRow | None, is_measured: bool, selection: str, is_best
     if row is None or measured is None:
         yield from ({"kind": "ours", "text": MISSING}, {"kind": "difference", "text": MISSING})
         return
-    yield _ours_cell(measured, selection) | {"best": is_best}
+    yield _ours_entry(measured, selection) | {"best": is_best}
     difference = row.difference(selection)
     text = signed(difference).replace("-", "−") if difference is not None else MISSING
     yield {"kind": f"difference {_strength(difference)}", "text": text}
 
 
-def _ours_cell(measured: Measured, selection: str) -> dict[str, Any]:
+def _ours_entry(measured: Measured, selection: str) -> dict[str, Any]:
     return {"kind": "ours", "text": ours_text(measured, selection), "count": count_text(measured, selection)}
 
 
 def _strength(difference: float | None) -> str:
-    """The CSS class of a difference: better-1 ... better-3, worse-1 ... worse-3, or none for next to nothing."""
+    """Return the CSS class of a difference: better-1 ... better-3, worse-1 ... worse-3, or none for next to nothing."""
     points = 0.0 if difference is None else round(100 * difference, 2)
     step = sum(abs(points) >= limit for limit in _STEPS)
     return f"{'better' if points > 0 else 'worse'}-{step}" if step else ""
@@ -164,12 +162,12 @@ def _sweep_table(summary: SweepSummary) -> dict[str, Any]:
             points = [rows.get((method, value, metric)) for metric in METRICS]
             if not any(points):
                 continue
-            cells = [
-                {"kind": "ours", "text": MISSING} if point is None else _ours_cell(point, selection)
+            entries = [
+                {"kind": "ours", "text": MISSING} if point is None else _ours_entry(point, selection)
                 for selection in SELECTIONS
                 for point in points
             ]
-            lines.append({"value": value_text(value), "method": method_text(method), "cells": cells})
+            lines.append({"value": value_text(value), "method": method_text(method), "entries": entries})
     return {"label": summary.plan.label, "metrics": list(METRICS.values()), "lines": lines}
 
 
@@ -206,7 +204,7 @@ def _cell_text(cell: Cell) -> str:
 
 
 Keys = list[tuple[str, list[tuple[str, str]]]]
-"""As the macro `comparison` of page_parts.html.jinja takes them."""
+"""Argument of the macro `comparison` of page_parts.html.jinja."""
 
 
 def _keys(tree: Mapping[str, Any]) -> Keys:
@@ -221,14 +219,14 @@ def _value(value: object) -> str:
 
 
 def _recorded(results: Sequence[CellResult]) -> Keys:
-    """What the results say of machines and versions: every text once, with the number of cells where they differ."""
-    owners: dict[str, dict[str, int]] = {}
+    """Return the recorded machines and versions: each text once, with its number of cells where they differ."""
+    counts_by_key: dict[str, dict[str, int]] = {}
     for result in results:
         for key, value in flat_items(result.facts):
             if isinstance(value, str | bool):
-                counts = owners.setdefault(key, {})
+                counts = counts_by_key.setdefault(key, {})
                 counts[str(value)] = counts.get(str(value), 0) + 1
     return [
-        (key, [("" if len(owned) == 1 else count(number, "cell"), text) for text, number in owned.items()])
-        for key, owned in owners.items()
+        (key, [("" if len(counts) == 1 else count(number, "cell"), text) for text, number in counts.items()])
+        for key, counts in counts_by_key.items()
     ]

@@ -18,12 +18,11 @@ from ...errors import DataError, FastBGADError
 from ...render.plots import heat_overlay, mask_contour
 from ...render.thumbnails import shrink_map, shrink_mask, thumbnail
 from ...system.files import write_with
-from ..plan.cells import Cell
-from ..plan.plan import Plan, TablePlan
+from ..plan import Cell, Plan, TablePlan
 from .texts import DATASETS, row_text
 
 FOLDER = "pictures"
-"""Where the maps of cells lie in a run's folder, each named after its cell's key."""
+"""Folder of the maps of cells in a run's folder, each file named after its cell's key."""
 _METHODS = ("nfad", "bgad")
 _ARRAYS = {"names": 1, "images": 4, "masks": 3, "maps": 3, "range": 1}
 
@@ -43,7 +42,7 @@ class Panel(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One test image and what the methods make of it."""
+    """One test image with the maps of the methods."""
 
     dataset: str
     category: str
@@ -59,32 +58,32 @@ class Example:
 
 
 def load_examples(folder: Path, plans: Iterable[Plan], per_category: int = 2) -> tuple[list[Example], list[str]]:
-    """The examples of all categories whose maps were kept, and a sentence for every file that cannot be used.
+    """Return the examples of all categories with stored maps, and a sentence for every file that cannot be used.
 
     Args:
         folder: of the run; the maps are in its folder "pictures".
-        plans: their tables' cells say which files there may be.
-        per_category: at most so many images of a category, of different defect types where there are.
+        plans: the tables among them name the cells whose maps are read.
+        per_category: largest number of images of a category, of different defect types where there are several.
     """
     examples: list[Example] = []
     problems: list[str] = []
     for cells in _pairs(folder, plans):
-        kept: dict[str, Mapping[str, NDArray[Any]]] = {}
+        arrays: dict[str, Mapping[str, NDArray[Any]]] = {}
         for method, cell in cells.items():
             try:
-                kept[method] = _read(_path(folder, cell))
+                arrays[method] = _read(_path(folder, cell))
             except FastBGADError as error:
                 problems.append(f"{FOLDER}/{cell.key}.npz is left out: {error}. Delete it and run its cell again.")
         any_cell = next(iter(cells.values()))
         try:
-            examples += _examples(any_cell, kept, per_category)
+            examples += _examples(any_cell, arrays, per_category)
         except FastBGADError as error:
             problems.append(f"The maps of {any_cell.dataset} {any_cell.category} are left out: {error}.")
     return examples, problems
 
 
 def _pairs(folder: Path, plans: Iterable[Plan]) -> Iterator[dict[str, Cell]]:
-    """For every category the NFAD and the BGAD cell to show: both of the same test images, where both have a file."""
+    """Yield for every category the NFAD and the BGAD cell to show, of the same test images where both have a file."""
     groups: dict[tuple[str, str], dict[Cell, dict[str, Cell]]] = {}
     tables = [plan for plan in plans if isinstance(plan, TablePlan)]
     for cell in dict.fromkeys(cell for plan in tables for cell in plan.cells):
@@ -115,14 +114,15 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _examples(cell: Cell, kept: Mapping[str, Mapping[str, NDArray[Any]]], count: int) -> Iterator[Example]:
-    if not kept:
+def _examples(cell: Cell, arrays_of: Mapping[str, Mapping[str, NDArray[Any]]], most_images: int) -> Iterator[Example]:
+    """Yield the examples of a category from the stored arrays of each method."""
+    if not arrays_of:
         return
-    first = next(iter(kept.values()))
+    first = next(iter(arrays_of.values()))
     masks = {str(name): mask for name, mask in zip(first["names"], first["masks"], strict=True)}
     images = {str(name): image for name, image in zip(first["names"], first["images"], strict=True)}
-    places = {method: {str(name): n for n, name in enumerate(arrays["names"])} for method, arrays in kept.items()}
-    for name in _choose(masks, count):
+    indices = {method: {str(name): n for n, name in enumerate(arrays["names"])} for method, arrays in arrays_of.items()}
+    for name in _choose(masks, most_images):
         photo = thumbnail(images[name], name)
         truth = mask_contour(photo, shrink_mask(masks[name], photo))
         panels = [Panel("Input", f"photograph {name}", photo)]
@@ -130,27 +130,27 @@ def _examples(cell: Cell, kept: Mapping[str, Mapping[str, NDArray[Any]]], count:
         for method in _METHODS:
             written = METHOD_NAMES[method]
             picture, caption = None, f"{written} map"
-            if name in places.get(method, {}):
-                arrays = kept[method]
-                plane = shrink_map(arrays["maps"][places[method][name]].astype(np.float32), photo)
+            if name in indices.get(method, {}):
+                arrays = arrays_of[method]
+                plane = shrink_map(arrays["maps"][indices[method][name]].astype(np.float32), photo)
                 picture = heat_overlay(photo, plane, *(float(end) for end in arrays["range"]))
             panels.append(Panel(caption, f"anomaly map of {name} by {written}", picture))
         yield Example(cell.dataset, cell.category, name, tuple(panels))
 
 
-def _choose(masks: Mapping[str, NDArray[np.bool_]], count: int) -> list[str]:
-    """Anomalous images: one of every defect type in turn, in the file's order."""
-    kinds: dict[str, list[str]] = {}
+def _choose(masks: Mapping[str, NDArray[np.bool_]], most: int) -> list[str]:
+    """Return the names of anomalous images: one of every defect type in turn, in the file's order."""
+    by_type: dict[str, list[str]] = {}
     for name, mask in masks.items():
         if mask.any():
-            kinds.setdefault(name.rpartition("/")[0], []).append(name)
-    turns = max(map(len, kinds.values()), default=0)
-    queue = [members[turn] for turn in range(turns) for members in kinds.values() if turn < len(members)]
-    return queue[:count]
+            by_type.setdefault(name.rpartition("/")[0], []).append(name)
+    turns = max(map(len, by_type.values()), default=0)
+    queue = [members[turn] for turn in range(turns) for members in by_type.values() if turn < len(members)]
+    return queue[:most]
 
 
 def write_figure(path: Path, examples: Sequence[Example]) -> None:
-    """Writes the examples as one PNG, a row each; after twelve rows the next column starts.
+    """Write the examples as one PNG, a row each; after twelve rows the next column starts.
 
     Raises:
         OutputError: the file cannot be written.
@@ -159,20 +159,20 @@ def write_figure(path: Path, examples: Sequence[Example]) -> None:
 
 
 def figure_of(examples: Sequence[Example]) -> Image.Image:
-    """The picture that `write_figure` writes, on white paper."""
-    blocks = -(-len(examples) // _MOST_ROWS)
-    rows = -(-len(examples) // blocks)
+    """Return the picture that `write_figure` writes, on white."""
+    columns = -(-len(examples) // _MOST_ROWS)
+    rows = -(-len(examples) // columns)
     panels = max(len(example.panels) for example in examples)
-    block_width = panels * (_SIDE + _GAP) + 2 * _GAP
+    column_width = panels * (_SIDE + _GAP) + 2 * _GAP
     row_height = _HEADING + _SIDE + _GAP
-    paper = Image.new("RGB", (blocks * block_width + _GAP, rows * row_height + _HEADING + _GAP), "white")
+    paper = Image.new("RGB", (columns * column_width + _GAP, rows * row_height + _HEADING + _GAP), "white")
     draw, font = ImageDraw.Draw(paper), ImageFont.load_default(_LETTERS)
     for number, example in enumerate(examples):
-        block, row = divmod(number, rows)
-        left, top = block * block_width + 2 * _GAP, _HEADING + row * row_height
+        column, row = divmod(number, rows)
+        left, top = column * column_width + 2 * _GAP, _HEADING + row * row_height
         draw.text((left, top + _HEADING / 2), example.title, "black", font, anchor="lm")
-        for place, panel in enumerate(example.panels):
-            x, y = left + place * (_SIDE + _GAP), top + _HEADING
+        for panel_number, panel in enumerate(example.panels):
+            x, y = left + panel_number * (_SIDE + _GAP), top + _HEADING
             if row == 0:
                 draw.text((x + _SIDE / 2, _HEADING / 2), panel.caption, "black", font, anchor="mm")
             if panel.picture is not None:

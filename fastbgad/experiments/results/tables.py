@@ -1,4 +1,4 @@
-"""Tables and sweeps in the terminal, and as tidy CSV: one line per number."""
+"""Tables and sweeps in the terminal, and as CSV with one line per number."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import csv
 import io
 
 from ...render.console import print_table
-from ..plan.cells import METRICS
+from ...wording import count
+from ..plan import METRICS
 from .matrix import Matrix, matrix_of
 from .summary import SELECTIONS, Measured, Summary, SweepSummary, TableSummary
 from .texts import count_text, method_text, ours_text, published_text, signed, value_text
 
+_NUMBERS = ("seeds", "cells", "cells_planned")
 TABLE_COLUMNS = (
-    "table", "dataset", "setting", "row", "method", "metric", "selection", "published", "published_std",
-    "ours", "ours_std", "difference", "seeds", "cells", "cells_planned",
-)  # fmt: skip
+    *("table", "dataset", "setting", "row", "method", "metric", "selection"),
+    *("published", "published_std", "ours", "ours_std", "difference"),
+    *_NUMBERS,
+)
 SWEEP_COLUMNS = (
-    "sweep", "dataset", "method", "value", "metric", "selection", "ours", "ours_std", "seeds", "cells", "cells_planned",
-)  # fmt: skip
+    *("sweep", "dataset", "method", "value", "metric", "selection"),
+    *("ours", "ours_std"),
+    *_NUMBERS,
+)
 PUBLISHED_ONLY = "published only"
-"""Marks numbers that nobody planned to measure here."""
+"""The selection of numbers that were not planned to be measured here."""
 _LEGEND = "last: after the last epoch, best: the best epoch on the test set"
 
 
 def csv_text(summary: Summary) -> str:
-    """The content of a CSV file: metrics in [0, 1] with six decimals, empty where there is no number.
+    """Return the content of a CSV file: metrics in [0, 1] with six decimals, empty where there is no number.
 
     Every number of ours has a line with the selection "last" and one with "best"; a number that is published only has
     one line, whose selection is "published only".
@@ -39,24 +44,24 @@ def csv_text(summary: Summary) -> str:
 def _table_lines(summary: TableSummary) -> list[list[object]]:
     plan, lines = summary.plan, []
     for row in summary.rows:
-        place = [plan.name, plan.dataset, row.setting, row.row, row.method, row.metric]
+        key = [plan.name, plan.dataset, row.setting, row.row, row.method, row.metric]
         number = [_plain(row.published), _plain(row.published_std)]
         if row.measured is None:
-            lines.append([*place, PUBLISHED_ONLY, *number, "", "", "", 0, 0, 0])
+            lines.append([*key, PUBLISHED_ONLY, *number, "", "", "", 0, 0, 0])
             continue
         for selection in SELECTIONS:
             ours, seeds_and_cells = _numbers(row.measured, selection)
-            lines.append([*place, selection, *number, *ours, _plain(row.difference(selection)), *seeds_and_cells])
+            lines.append([*key, selection, *number, *ours, _plain(row.difference(selection)), *seeds_and_cells])
     return lines
 
 
 def _sweep_lines(summary: SweepSummary) -> list[list[object]]:
     plan, lines = summary.plan, []
     for row in summary.rows:
-        place = [plan.name, plan.dataset, row.method, value_text(row.value), row.metric]
+        key = [plan.name, plan.dataset, row.method, value_text(row.value), row.metric]
         for selection in SELECTIONS:
             ours, seeds_and_cells = _numbers(row.measured, selection)
-            lines.append([*place, selection, *ours, *seeds_and_cells])
+            lines.append([*key, selection, *ours, *seeds_and_cells])
     return lines
 
 
@@ -70,7 +75,7 @@ def _plain(value: float | None) -> object:
 
 
 def print_summary(summary: Summary) -> None:
-    """The table or sweep in the terminal, in percent, with the last epoch and the best on test apart.
+    """Print the table or sweep, in percent, with the last epoch and the best on test apart.
 
     Raises:
         MissingDependencyError: rich is not installed.
@@ -86,7 +91,7 @@ def _print_table(summary: TableSummary) -> None:
         matrix = matrix_of(summary, metric, "last")
         lines = []
         for line in matrix.lines:
-            for column, row in zip(matrix.columns, line.cells, strict=True):
+            for column, row in zip(matrix.columns, line.entries, strict=True):
                 if row is None or row.measured is None:
                     continue
                 numbers = [published_text(row)]
@@ -100,11 +105,11 @@ def _print_table(summary: TableSummary) -> None:
 
 
 def _print_published_only(summary: TableSummary, matrix: Matrix) -> None:
-    places = [number for number, column in enumerate(matrix.columns) if not column.is_measured]
-    if not places:
+    numbers = [number for number, column in enumerate(matrix.columns) if not column.is_measured]
+    if not numbers:
         return
-    lines = [[line.full_text, *(published_text(line.cells[place]) for place in places)] for line in matrix.lines]
-    columns = ["Row", *(matrix.columns[place].text for place in places)]
+    lines = [[line.full_text, *(published_text(line.entries[n]) for n in numbers)] for line in matrix.lines]
+    columns = ["Row", *(matrix.columns[n].text for n in numbers)]
     print_table(f"{summary.plan.name} · {METRICS[matrix.metric]}, % · {PUBLISHED_ONLY}", columns, lines)
 
 
@@ -119,5 +124,4 @@ def _print_sweep(summary: SweepSummary) -> None:
 
 
 def _extent(measured: Measured) -> str:
-    count = measured.seeds_planned
-    return count_text(measured, "last") or f"{count} {'seed' if count == 1 else 'seeds'}"
+    return count_text(measured, "last") or count(measured.seeds_planned, "seed")

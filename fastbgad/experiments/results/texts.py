@@ -1,15 +1,15 @@
-"""How names and numbers of the experiments are written for readers: metrics in percent with two decimals."""
+"""Names and numbers of the experiments for readers: metrics in percent with two decimals."""
 
 from __future__ import annotations
 
 from ...config import METHOD_NAMES
-from ..plan.cells import PEERS, Value
+from ..plan import PEERS, Value
 from .summary import Measured, TableRow
 
 MISSING = "-"
-"""What stands where there is no number."""
+"""Text in place of a number that is missing."""
 
-# As published.csv writes a method, and as a reader sees it.
+# Names of methods for readers, by their names in published.csv.
 _METHODS = {"BGAD_wo": "BGAD w/o", "BGAD_dagger": "BGAD†", "bgad_dagger": "BGAD†"}
 _SETTINGS = {
     "multi_class": "Multi-class",
@@ -18,44 +18,44 @@ _SETTINGS = {
     "unseen_subsets": "Unseen subsets",
 }
 DATASETS = {"mvtec": "MVTec AD", "btad": "BTAD"}
-"""How data sets are written."""
+"""Names of data sets for readers."""
 
 
 def method_text(method: str) -> str:
-    """A method of published.csv, of `METHOD_NAMES` or of `PEERS`, for readers."""
+    """Return a method of published.csv, of `METHOD_NAMES` or of `PEERS` for readers."""
     return _METHODS.get(method) or METHOD_NAMES.get(method) or PEERS.get(method) or method
 
 
 def setting_text(setting: str) -> str:
-    """A setting of published.csv, for readers."""
+    """Return a setting of published.csv for readers."""
     return _SETTINGS.get(setting, setting.replace("_", " "))
 
 
 def row_text(row: str) -> str:
-    """A row of published.csv, for readers: "carpet:cut" is "carpet, cut"."""
+    """Return a row of published.csv for readers: "carpet:cut" is "carpet, cut"."""
     text = row.replace(":", ", ").replace("_", " ")
     return "Mean" if text == "mean" else text
 
 
 def value_text(value: Value) -> str:
-    """A value of a sweep: on, off, or as it is."""
+    """Return a value of a sweep: on or off for a switch, else the value."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def percent(value: float | None) -> str:
-    """A metric of [0, 1] in percent."""
+    """Return a metric of [0, 1] in percent."""
     return MISSING if value is None else f"{100 * value:.2f}"
 
 
 def deviation(value: float | None) -> str:
-    """What follows the mean: " ±0.12", or nothing where there is no deviation."""
+    """Return a deviation to follow a mean: " ±0.12", or nothing where there is none."""
     return "" if value is None else f" ±{100 * value:.2f}"
 
 
 def signed(value: float | None) -> str:
-    """A difference of metrics in percentage points, with its sign."""
+    """Return a difference of metrics in percentage points, with its sign."""
     if value is None:
         return MISSING
     text = f"{100 * value:+.2f}"
@@ -63,18 +63,18 @@ def signed(value: float | None) -> str:
 
 
 def published_text(row: TableRow | None) -> str:
-    """The published number with its deviation, as "99.20 ±0.07"."""
+    """Return the published number with its deviation, as "99.20 ±0.07"."""
     return MISSING if row is None else percent(row.published) + deviation(row.published_std)
 
 
 def ours_text(measured: Measured, selection: str) -> str:
-    """Mean and deviation, as "98.12 ±0.05"."""
+    """Return mean and deviation, as "98.12 ±0.05"."""
     estimate = measured.of(selection)
     return percent(estimate.mean) + deviation(estimate.std)
 
 
 def count_text(measured: Measured, selection: str) -> str:
-    """What a reader must know of an incomplete number: "4/5 seeds", or "12/15 cells" where no seed is complete."""
+    """Return how much an incomplete number is of: "4/5 seeds", or "12/15 cells" where no seed is complete."""
     if measured.is_complete:
         return ""
     seeds = measured.of(selection).seeds

@@ -1,7 +1,7 @@
-"""Runs cells of one category: splits, trains, measures after every meta epoch.
+"""The runner of cells of one category: split, train, measure after every meta epoch.
 
-What the cells of a category have in common is done once: the features of its images, and a training for all cells that
-it serves. A test image's features are kept as well, so that measuring after a meta epoch takes a pass of the flows.
+Features are extracted once for all cells of a category, and a training serves all cells that share it. The features of
+test images are stored as well, so that measuring after a meta epoch only takes a pass of the flows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...config import TrainConfig
 from ...data import Category, DecodedImages, Sample, Split
 from ...errors import BackboneError
 from ...evaluate.metrics import evaluate
-from ...features.image_features import ImageFeatures
+from ...features import ImageFeatures, ImageReading, StoreOptions
 from ...model.calibration import calibration_of, stored_log_likelihoods
 from ...model.detector import BGAD
 from ...model.scoring import official_anomaly_maps
@@ -30,34 +30,32 @@ from ...progress import Progress
 from ...system.environment import machine, versions
 from ...system.files import write_with
 from ...train.fit import fit, spare_slots
-from ..peers.peers import run_peer
-from ..plan.cell_split import split_of
-from ..plan.cells import METRICS, Cell, CellResult, Dataset
-from ..plan.setup import Setup
+from ..peers import run_peer
+from ..plan import METRICS, Cell, CellResult, Dataset, Setup, split_of
 
 _PICTURED_METHODS = ("nfad", "bgad")
 _PICTURES = 3  # test images whose maps are kept, of different defect types
 _IMAGES_AT_ONCE = 32
 
 
-class _Test(NamedTuple):
-    """What a cell is measured on."""
+class _TestImages(NamedTuple):
+    """Test images of a cell."""
 
     split: Split  # its test is restricted to the cell's test types
     masks: Tensor  # bool [n, H, W]
     labels: np.ndarray  # bool [n]
-    places: Tensor  # int64 [n], among all test images of the cells that are run together
+    indices: Tensor  # int64 [n], among all test images of the cells that are run together
 
 
 class CellRunner:
-    """Runs the cells of one category.
+    """Runner of the cells of one category.
 
     Args:
-        setup: what all cells have in common.
+        setup: options that all cells have in common.
         category: an opened category.
         dataset: the data set it belongs to.
         device: where to train.
-        workers: threads that decode images and synthesise anomalies.
+        workers: threads that decode images and synthesize anomalies.
         pictures: folder for the maps of a few test images of NFAD and BGAD; None keeps none.
         on_progress: told how a training goes.
     """
@@ -73,16 +71,21 @@ class CellRunner:
         pictures: Path | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.setup, self.category, self.dataset = setup, category, dataset
-        self.device, self.workers, self.pictures, self.on_progress = device, workers, pictures, on_progress
+        self.setup: Setup = setup
+        self.category: Category = category
+        self.dataset = dataset
+        self.device: torch.device = device
+        self.workers: int = workers
+        self.pictures: Path | None = pictures
+        self.on_progress: Callable[[Progress], None] | None = on_progress
         self._features: ImageFeatures | None = None
 
     def run(self, cells: Sequence[Cell]) -> list[CellResult]:
-        """The results of cells that share a training, in their order.
+        """Return the results of cells that share a training, in their order.
 
         Raises:
             DataError: an unknown defect type, fewer anomalies than asked for, or an image that cannot be used.
-            ConfigError, BackboneError, FeatureError: what `fastbgad.fit` or a peer cannot do.
+            ConfigError, BackboneError, FeatureError: see `fastbgad.fit` and `run_peer`.
         """
         keys = {(cell.dataset, cell.category, cell.training_key) for cell in cells}
         if len(keys) != 1 or cells[0].category != self.category.name or cells[0].dataset != self.dataset:
@@ -91,11 +94,9 @@ class CellRunner:
         return self._run_peer(cells, splits) if cells[0].is_peer else self._train(cells, splits)
 
     def close(self) -> None:
-        """Frees the features."""
+        """Free the features."""
         if self._features is not None:
             self._features.close()
-
-    # ------------------------------------------------------------- own methods
 
     def _train(self, cells: Sequence[Cell], splits: Sequence[Split]) -> list[CellResult]:
         started = time.perf_counter()
@@ -122,7 +123,7 @@ class CellRunner:
             to_maps = self._scoring(model, features, split.normals, config)
             maps.clear()
             for test, history in zip(tests, epochs, strict=True):
-                maps.append(to_maps([lp[test.places.to(lp.device)] for lp in levels]).cpu())
+                maps.append(to_maps([lp[test.indices.to(lp.device)] for lp in levels]).cpu())
                 history.append(self._metrics(maps[-1], maps[-1].amax(dim=(1, 2)), test))
 
         result = fit(
@@ -142,16 +143,16 @@ class CellRunner:
         }
         seconds = time.perf_counter() - started
         results = []
-        for cell, own, test, history, own_maps in zip(cells, splits, tests, epochs, maps, strict=True):
+        for cell, cell_split, test, history, cell_maps in zip(cells, splits, tests, epochs, maps, strict=True):
             best = {name: max(metrics[name] for metrics in history) for name in METRICS}
-            results.append(self._result(cell, own, history[-1], best, history, seconds, facts))
-            self._keep_pictures(cell, test, own_maps)
+            results.append(self._result(cell, cell_split, history[-1], best, history, seconds, facts))
+            self._keep_pictures(cell, test, cell_maps)
         return results
 
     def _scoring(
         self, model: BGAD, features: ImageFeatures, normals: Sequence[Sample], config: TrainConfig
     ) -> Callable[[Sequence[Tensor]], Tensor]:
-        """From log-likelihood maps of a cell's test images to anomaly maps, with the flows as they are now."""
+        """Return the function from log-likelihood maps to anomaly maps, with the flows as they are now."""
         size = self.setup.image_size
         if self.setup.calibration == "official":
             return lambda levels: official_anomaly_maps(levels, size)
@@ -160,7 +161,7 @@ class CellRunner:
         return lambda levels: score_map(levels, size, constants.level_max, constants.offset).anomaly_map
 
     def _features_for(self, config: TrainConfig, known: int) -> ImageFeatures:
-        """The features of all images of the category, with spare slots for what a training synthesises."""
+        """Return the features of all images of the category, with spare slots for what a training synthesizes."""
         spare = spare_slots(config, known)
         if self._features is None:
             backbone = self._backbone()
@@ -170,10 +171,8 @@ class CellRunner:
                 [*self.category.train, *self.category.test],
                 self.category.train,
                 spare,
-                device=self.device,
-                cell_labels=config.anomalies.cell_labels,
-                workers=self.workers,
-                on_images=self._show_images,
+                store=StoreOptions(device=self.device, cell_labels=config.anomalies.cell_labels),
+                reading=ImageReading(workers=self.workers, on_images=self._show_images),
             )
         self._features.reserve(spare)
         return self._features
@@ -185,35 +184,31 @@ class CellRunner:
         choices = (setup.backbone, setup.levels, setup.weights, setup.dtype, setup.standardize, setup.neighborhood)
         return _timm_backbone(*choices, self.device).without_statistics()
 
-    # ------------------------------------------------------------------- peers
-
     def _run_peer(self, cells: Sequence[Cell], splits: Sequence[Split]) -> list[CellResult]:
-        """One training, scored once on all test images of the cells."""
+        """Train a peer once and score all test images of the cells."""
         started = time.perf_counter()
         images = list(dict.fromkeys(sample for split in splits for sample in split.test))
         known = splits[0].known_anomalies if cells[0].learns_from_anomalies else ()
-        whole = Split(splits[0].normals, known, tuple(images))
-        scores = run_peer(cells[0], self.category, whole, self.setup, self.device, workers=self.workers)
+        union = Split(splits[0].normals, known, tuple(images))
+        scores = run_peer(cells[0], self.category, union, self.setup, self.device, workers=self.workers)
         decoded = DecodedImages(self.setup.image_size) if self._features is None else self._features.decoded
         tests = [self._test(split, images, decoded) for split in splits]
-        metrics = [self._metrics(scores.maps[t.places], scores.image_scores[t.places], t) for t in tests]
+        metrics = [self._metrics(scores.maps[t.indices], scores.image_scores[t.indices], t) for t in tests]
         seconds = time.perf_counter() - started
         return [
-            self._result(cell, split, found, None, [], seconds, scores.facts)
-            for cell, split, found in zip(cells, splits, metrics, strict=True)
+            self._result(cell, split, last, None, [], seconds, scores.facts)
+            for cell, split, last in zip(cells, splits, metrics, strict=True)
         ]
 
-    # --------------------------------------------------------------- measuring
-
-    def _test(self, split: Split, images: Sequence[Sample], decoded: DecodedImages) -> _Test:
-        place = {sample: number for number, sample in enumerate(images)}
+    def _test(self, split: Split, images: Sequence[Sample], decoded: DecodedImages) -> _TestImages:
+        index = {sample: number for number, sample in enumerate(images)}
         masks = torch.stack([decoded(sample).mask for sample in split.test])
         labels = np.array([sample.label for sample in split.test], dtype=bool)
-        return _Test(split, masks, labels, torch.tensor([place[sample] for sample in split.test]))
+        return _TestImages(split, masks, labels, torch.tensor([index[sample] for sample in split.test]))
 
-    def _metrics(self, maps: Tensor, image_scores: Tensor, test: _Test) -> dict[str, float]:
-        found = evaluate(maps, test.masks, image_scores, test.labels, self.setup.pro_limit)._asdict()
-        return {name: float(found[name]) for name in METRICS}
+    def _metrics(self, maps: Tensor, image_scores: Tensor, test: _TestImages) -> dict[str, float]:
+        metrics = evaluate(maps, test.masks, image_scores, test.labels, self.setup.pro_limit)._asdict()
+        return {name: float(metrics[name]) for name in METRICS}
 
     def _result(
         self,
@@ -237,17 +232,17 @@ class CellRunner:
             {**facts, "machine": machine(), "versions": versions()},
         )
 
-    def _keep_pictures(self, cell: Cell, test: _Test, maps: Tensor) -> None:
-        """Writes image, mask and map of the first test image of a few defect types."""
-        whole = cell.known_types is None and cell.test_types is None and not cell.overrides
-        if self.pictures is None or self._features is None or cell.method not in _PICTURED_METHODS or not whole:
+    def _keep_pictures(self, cell: Cell, test: _TestImages, maps: Tensor) -> None:
+        """Write image, mask and map of the first test image of a few defect types."""
+        is_plain = cell.known_types is None and cell.test_types is None and not cell.overrides
+        if self.pictures is None or self._features is None or cell.method not in _PICTURED_METHODS or not is_plain:
             return
         first: dict[str, int] = {}
-        for place, sample in enumerate(test.split.test):
+        for index, sample in enumerate(test.split.test):
             if sample.label:
-                first.setdefault(sample.defect, place)
+                first.setdefault(sample.defect, index)
         chosen = list(first.values())[:_PICTURES]
-        samples = [test.split.test[place] for place in chosen]
+        samples = [test.split.test[index] for index in chosen]
         arrays: dict[str, Any] = {
             "names": np.array([sample.name for sample in samples]),
             "images": np.stack([self._features.decoded(s).image.permute(1, 2, 0).numpy() for s in samples]),
@@ -273,7 +268,7 @@ def _timm_backbone(
     neighborhood: int | None,
     device: torch.device,
 ) -> Backbone:
-    """A frozen network is the same for every category: it is loaded once. Statistics of features are not."""
+    """Load a frozen network; the last one is kept, because it is the same for every category."""
     backbone = create_backbone(name, levels, weights, dtype=dtype, standardize=standardize, neighborhood=neighborhood)
     source = getattr(backbone, "weights_source", weights)
     if source != weights:

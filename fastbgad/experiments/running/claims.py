@@ -1,9 +1,9 @@
-"""Who does which job: claims of processes on one or several machines, held by files alone.
+"""Claims of processes on jobs, on one or several machines that share a folder.
 
-A claim is the file KEY.N, where N counts the holders so far; only the highest number counts. Whoever creates the next
-number holds the job, and a file system lets exactly one process create a file. So a job whose holder died goes to one
-successor, however many processes notice at the same time, and no file that somebody else may just have made is ever
-moved or removed.
+A claim is the file KEY.N, where N counts the holders so far; only the highest number counts. The process that creates
+the next number holds the job, and a file system lets exactly one process create a file. So a job whose holder died goes
+to one successor, however many processes notice at the same time, and no file that another process may just have made is
+ever moved or removed.
 
 A holder on this machine is dead when its process is; one on another machine when its file has not been touched for a
 while. Times are those of the file system, so machines whose clocks differ do not misjudge each other.
@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import OutputError
-from ...system.files import make_folder, write_json
-from ...system.ranks import Place
+from ...system.files import create_new, make_folder, write_json
+from ...system.ranks import Rank
 
 HEARTBEAT = 20.0
 """Seconds between two signs of life of a holder."""
@@ -37,29 +37,32 @@ _UPTIME = Path("/proc/uptime")
 
 
 class Claim:
-    """A job that this process holds until `release`; as a context manager it is released at the end of the block."""
+    """A job that this process holds until `release`. As a context manager it is released at the end of the block."""
 
     def __init__(self, path: Path, key: str, number: int, heartbeat: float) -> None:
-        self.key, self._path, self._number, self._heartbeat = key, path, number, heartbeat
+        self.key: str = key
+        self._path = path
+        self._number = number
+        self._heartbeat = heartbeat
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"claim {key}", daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
         while not self._released.wait(self._heartbeat):
-            # A file system that is away for a moment must not end the job; the next beat tries again.
+            # A file system that is unavailable for a moment must not end the job; the next beat tries again.
             with contextlib.suppress(OSError):
                 os.utime(self._path)
 
     def release(self, done: bool = False) -> None:
-        """Gives the job back; `done`: nobody needs it any more, because its results are written."""
+        """Give the job back; `done`: it will not be needed again, because its results are written."""
         if self._released.is_set():
             return
         self._released.set()
         self._thread.join()
         if not done:
-            # The number stays taken: were it free again, someone who still believed the claim before it to be the
-            # last one could create it beside a newer holder. Where it cannot be written, it ends with this process.
+            # The file stays: if it were removed, a process with an old list of claims could create it again beside a
+            # newer holder. Where it cannot be written, the claim ends with this process.
             with contextlib.suppress(OutputError):
                 write_json(self._path, {"released": True})
             return
@@ -85,10 +88,12 @@ class Claims:
     """
 
     def __init__(self, folder: Path, heartbeat: float = HEARTBEAT, limit: float = LIMIT) -> None:
-        self.folder, self.heartbeat, self.limit = folder, heartbeat, limit
+        self.folder: Path = folder
+        self.heartbeat: float = heartbeat
+        self.limit: float = limit
 
     def take(self, key: str) -> Claim | None:
-        """Takes a job that nobody holds; None if somebody does, or was quicker."""
+        """Take a job that no living process holds; return None if one does, or was quicker."""
         make_folder(self.folder)
         last = self._numbers().get(key, 0)
         if last and self._is_alive(self._path(key, last)):
@@ -100,23 +105,23 @@ class Claims:
         return Claim(path, key, last + 1, self.heartbeat)
 
     def held(self) -> set[str]:
-        """The keys of all jobs that a living process holds, this one included."""
+        """Return the keys of all jobs that a living process holds, this one included."""
         return {key for key, number in self._numbers().items() if self._is_alive(self._path(key, number))}
 
     def clock(self) -> float:
-        """The file system's time in seconds, which the times of all files in the folder are to be compared with."""
+        """Return the file system's time in seconds, with which the times of files in the folder are comparable."""
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 return os.fstat(file.fileno()).st_mtime
         except OSError:
-            # No folder yet, or one that may only be read: nothing in it is new.
+            # No folder yet, or a read-only one: nothing in it is new.
             return time.time()
 
     def _path(self, key: str, number: int) -> Path:
         return self.folder / f"{key}.{number}"
 
     def _numbers(self) -> dict[str, int]:
-        """The highest number of every key."""
+        """Return the highest number of every key."""
         numbers: dict[str, int] = defaultdict(int)
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
@@ -136,7 +141,7 @@ class Claims:
         if holder.get("machine") == machine_identity():
             started = process_start(holder.get("pid", 0))
             return started is not None and started == holder.get("started")
-        # Also one that cannot be read: its holder may have died while writing, or may just now be writing.
+        # This includes a file that cannot be parsed: its holder may have died while writing, or may be writing now.
         return self.clock() - touched < self.limit
 
 
@@ -148,77 +153,39 @@ def _parse(text: str) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def create_new(path: Path, content: bytes) -> bool:
-    """Creates a file with its whole content at once; False if it is there already.
-
-    Of several processes on machines that share a file system, exactly one succeeds. Raises `OutputError`.
-    """
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=".new.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        return _link(temporary, path, content)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path, content: bytes) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # NFS may have made the link and lost the answer, and then says that it exists.
-        return os.stat(temporary).st_nlink == 2
-    except OSError:
-        # A file system without hard links: only the creation is atomic there, the content comes a moment later.
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-    return True
-
-
 @cache
 def machine_identity() -> str:
-    """Names this machine, since it was started, and within it the space in which process numbers are unique."""
+    """Return a name for this machine since its last start, and for the namespace of its process numbers."""
     boot, space = "", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # Containers on one machine may have the same host name, but each counts its processes anew.
+        # Containers on one machine may have the same host name but count their processes separately.
         space = os.readlink("/proc/self/ns/pid")
     return " ".join(filter(None, (socket.gethostname(), boot, space)))
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since the machine did; None if there is none.
+    """Return the start of a process of this machine, in clock ticks since the machine's; None if it does not run.
 
-    Together with the number it tells a process from a later one that was given the same number.
+    Together with the number it distinguishes a process from a later one with the same number.
     """
     try:
         # The name, in parentheses, may hold anything; the state follows it, the start is the 20th field from there.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # Z and X: it has ended, and only its parent has not asked how.
+    # Z and X: it has ended, and its parent has not collected the exit status.
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def launch_age(place: Place) -> float:
-    """Seconds since processes were launched together, as far as this machine can tell; 0 for one alone."""
-    # The launcher is the parent. It started before any of the processes it launches could fail at something.
-    return process_age(os.getppid()) if place.world > 1 else 0.0
+def launch_age(rank: Rank) -> float:
+    """Return the seconds since processes were launched together, 0 for a process alone or where that is unknown."""
+    # The launcher is the parent. It started before any of its processes could fail at something.
+    return process_age(os.getppid()) if rank.world > 1 else 0.0
 
 
 def process_age(pid: int) -> float:
-    """Seconds since a process of this machine started; 0 where that cannot be told."""
+    """Return the seconds since a process of this machine started, 0 where that is unknown."""
     started = process_start(pid)
     if started is None:
         return 0.0

@@ -1,15 +1,16 @@
-"""The folder of a run: the results so far, who computes what, and what failed; safe for any number of processes.
+"""The folder of a run: results, claims and failures, safe for any number of processes.
 
     OUT/
       setup.json               the run's Setup; a folder holds results of one setup
-      cells/CELL.json          one result each, whole or not there
-      claims/TRAINING.N        see `fastbgad.experiments.running.claims`
+      cells/CELL.json          one result each
+      claims/TRAINING.N        see `claims`
       failed/TRAINING.json     the last error of a training
       pictures/CELL.npz        maps for the qualitative figure
-      launches/*.json          what each command was, and manifest.json, all of them together
+      launches/*.json          the options, machine and versions of each command
+      manifest.json            all launches together
 
-Every file is written atomically, and a result is a file named after its cell: two processes that compute the same one
-write it twice and it counts once. Whatever a process was doing when it was killed is simply not there.
+Every file is written atomically, and a result is a file named after its cell: if two processes compute the same cell,
+the second file replaces the first. A process that is killed leaves no partial results.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...system.files import make_folder, write_json
-from ..plan.cells import Cell, CellResult
-from ..plan.setup import Setup
-from .claims import HEARTBEAT, LIMIT, Claim, Claims, create_new
+from ...system.files import create_new, make_folder, write_json
+from ...wording import listed
+from ..plan import Cell, CellResult, Setup
+from .claims import HEARTBEAT, LIMIT, Claim, Claims
 
 SETUP_FILE = "setup.json"
 MANIFEST_FILE = "manifest.json"
@@ -42,7 +43,7 @@ _PATIENCE = 10  # tenths of a second
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a training did not come to results."""
+    """A training that failed, and the error."""
 
     training_key: str
     message: str
@@ -55,8 +56,8 @@ class Ledger:
 
     Args:
         folder: made where it is missing.
-        setup: what all results of the folder are made with.
-        read_only: only look: nothing is made, renamed or written, and a missing folder is an empty one.
+        setup: of all results in the folder.
+        read_only: make, rename and write nothing; a missing folder is an empty one.
         heartbeat, limit: of the claims, in seconds.
 
     Raises:
@@ -73,9 +74,13 @@ class Ledger:
         heartbeat: float = HEARTBEAT,
         limit: float = LIMIT,
     ) -> None:
-        self.folder, self.setup, self.read_only = Path(folder), setup, read_only
-        self.cells, self.failed, self.pictures = (self.folder / name for name in ("cells", "failed", "pictures"))
-        self.claims = Claims(self.folder / "claims", heartbeat, limit)
+        self.folder: Path = Path(folder)
+        self.setup: Setup = setup
+        self.read_only: bool = read_only
+        self.cells: Path = self.folder / "cells"
+        self.failed: Path = self.folder / "failed"
+        self.pictures: Path = self.folder / "pictures"
+        self.claims: Claims = Claims(self.folder / "claims", heartbeat, limit)
         if not read_only:
             for part in (self.cells, self.failed, self.pictures, self.claims.folder):
                 make_folder(part)
@@ -86,7 +91,7 @@ class Ledger:
     def _check_setup(self) -> None:
         path = self.folder / SETUP_FILE
         try:
-            theirs = _read_patiently(path)
+            folder_setup = _read_patiently(path)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
@@ -94,42 +99,39 @@ class Ledger:
                 f"{path} cannot be read ({error}); remove it and repeat the command: results of another setup are then "
                 "set aside, because each of them knows its own"
             ) from error
-        different = _differences(theirs, self.setup.as_dict())
-        if different:
-            shown = "; ".join(different[:_DIFFERENCES_SHOWN])
-            more = f"; and {len(different) - _DIFFERENCES_SHOWN} more" if len(different) > _DIFFERENCES_SHOWN else ""
+        differences = _differences(folder_setup, self.setup.as_dict())
+        if differences:
             raise ConfigError(
                 f"{self.folder} holds results of another setup, and results of two setups cannot share a table: "
-                f"{shown}{more}; give the options of that folder, or another folder with --out"
+                f"{listed(differences, _DIFFERENCES_SHOWN, '; ')}; give the options of that folder, or another folder "
+                "with --out"
             )
 
-    # ---------------------------------------------------------------- results
-
     def results(self, cells: Iterable[Cell]) -> dict[Cell, CellResult]:
-        """The results of those cells that have one, in the order of `cells`.
+        """Return the results of those cells that have one, in the order of `cells`.
 
         A file that is damaged, or holds another cell or setup, is named in a warning, renamed to *.damaged (unless the
         ledger is read-only), and counts as missing.
         """
-        found = {}
+        results = {}
         for cell in cells:
             result = self._read(cell)
             if result is not None:
-                found[cell] = result
-        return found
+                results[cell] = result
+        return results
 
     def everything(self) -> list[CellResult]:
-        """All results of this setup, whatever cells they are of; files that are not fit for use are passed over."""
-        found = []
+        """Return all results of this setup, of whatever cells; files that cannot be used are skipped."""
+        results = []
         for path in sorted(self.cells.glob("[!.]*.json")):
             with contextlib.suppress(OSError, *_UNFIT):
                 result, digest = _parse(path.read_text())
                 if digest == self.setup.digest:
-                    found.append(result)
-        return found
+                    results.append(result)
+        return results
 
     def missing(self, cells: Iterable[Cell]) -> tuple[Cell, ...]:
-        """The cells without a result file; much quicker than `results`, but no file is looked into."""
+        """Return the cells without a result file. Much quicker than `results`, because no file is read."""
         try:
             names = set(os.listdir(self.cells))
         except FileNotFoundError:
@@ -137,10 +139,10 @@ class Ledger:
         return tuple(cell for cell in cells if _file_name(cell) not in names)
 
     def write(self, result: CellResult) -> None:
-        """Keeps a result; one that is there already is replaced, and an earlier failure of its training forgotten.
+        """Write a result, in place of an earlier one, and forget an earlier failure of its training.
 
         Raises:
-            ConfigError: a metric is not between 0 and 1, so the file could not be read again.
+            ConfigError: a metric is not between 0 and 1, so that the file could not be read again.
             OutputError: the file cannot be written.
         """
         facts = result.as_dict()
@@ -188,30 +190,28 @@ class Ledger:
                 message += f" and is kept as {aside.name}"
         warnings.warn(message, stacklevel=2)
 
-    # ---------------------------------------------------------------- claims and failures
-
     def claim(self, training_key: str) -> Claim | None:
-        """Takes a training that nobody works on; None if somebody does. Look at its results again afterwards."""
+        """Claim a training; return None if a living process has it. Check its results again afterwards."""
         return self.claims.take(training_key)
 
     def claimed(self) -> set[str]:
-        """Keys of the trainings that a living process works on."""
+        """Return the keys of the trainings that a living process works on."""
         return self.claims.held()
 
     def clock(self) -> float:
-        """The file system's time, which that of failures is to be compared with."""
+        """Return the file system's time, with which the times of failures are comparable."""
         return self.claims.clock()
 
     def fail(self, training_key: str, message: str) -> None:
-        """Records that a training cannot be done."""
+        """Record the failure of a training."""
         write_json(
             self.failed / f"{training_key}.json",
             {"training_key": training_key, "message": message, "time": _now()},
         )
 
     def failures(self, training_keys: Iterable[str], since: float | None = None) -> dict[str, Failure]:
-        """What failed of these trainings; with `since`, only what did so after that time."""
-        found = {}
+        """Return the failures of these trainings by key; with `since`, only those after that time."""
+        failures = {}
         for key in dict.fromkeys(training_keys):
             path = self.failed / f"{key}.json"
             try:
@@ -223,16 +223,14 @@ class Ledger:
             except (ValueError, KeyError, TypeError):
                 message = f"it failed, but {path}, which said why, is damaged"
             if since is None or when > since:
-                found[key] = Failure(key, message, when)
-        return found
-
-    # ---------------------------------------------------------------- manifest
+                failures[key] = Failure(key, message, when)
+        return failures
 
     def record_launch(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Adds a command to the manifest.
+        """Add a command to the manifest.
 
-        Each launch has a file of its own and the manifest is made of all of them, so that launches which start at the
-        same time do not lose one another.
+        Each launch has a file of its own and the manifest is made of all of them, so that no launch is lost when two
+        start at the same time.
         """
         folder = make_folder(self.folder / "launches")
         write_json(folder / f"{name}.json", {"time": _now(), **facts})
@@ -251,17 +249,17 @@ def _file_name(cell: Cell) -> str:
 
 
 def _parse(text: str) -> tuple[CellResult, str]:
-    """A result and the digest of its setup; raises one of `_UNFIT`."""
+    """Return a result and the digest of its setup; raise one of `_UNFIT` where the text is neither."""
     facts = json.loads(text)
     digest = facts.pop("setup")
     result = CellResult.from_dict(facts)
-    # Whoever makes tables of it counts on numbers.
+    # The tables need these as numbers.
     float(result.seconds), int(result.n_test), int(result.n_anomalous)
     return result, digest
 
 
 def _read_patiently(path: Path) -> Any:
-    """A JSON file that another process may be about to fill, on a file system where that takes two steps."""
+    """Read a JSON file that another process may be about to fill, on a file system without hard links."""
     for _ in range(_PATIENCE):
         with contextlib.suppress(ValueError):
             return json.loads(path.read_text())
@@ -274,7 +272,7 @@ def _now() -> str:
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    """What differs between two setups, each as one phrase."""
+    """Return the differences between two setups, each as one phrase."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         names = dict.fromkeys([*ours, *theirs])
         return [

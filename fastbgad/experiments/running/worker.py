@@ -1,7 +1,7 @@
-"""Runs the cells that a ledger lacks, beside any number of other processes that do the same.
+"""Work on the cells that a ledger lacks, beside any number of other processes that do the same.
 
-A job is a training with all missing cells that it serves. A process takes a category, opens it once, and claims and
-runs its jobs one by one; it prefers a category on which nobody else works, so that features are rarely extracted twice.
+A training serves one or several cells. A process takes a category, opens it once, and claims and runs its trainings one
+by one; it prefers a category on which nobody else works, so that features are rarely extracted twice.
 """
 
 from __future__ import annotations
@@ -18,76 +18,71 @@ import torch
 
 from ...config import METHOD_NAMES
 from ...data import Category
-from ...errors import ConfigError, FastBGADError
+from ...errors import ConfigError, FastBGADError, InterruptedTraining
 from ...progress import Progress
-from ...system.ranks import Place
-from ...train.fit import InterruptedTraining
-from ..plan.cells import PEERS, Cell, CellResult, Dataset
-from ..plan.sources import Place as CategoryPlace
-from ..plan.sources import places_of
+from ...system.ranks import Rank
+from ..plan import PEERS, CategoryKey, Cell, CellResult, Dataset, categories_of
 from .claims import launch_age
 from .ledger import Ledger
 
 POLL = 3.0
-"""Seconds between two looks at what other processes are doing."""
+"""Seconds between two checks of what other processes are doing."""
 
 
 class Runner(Protocol):
-    """Runs cells of one category, and keeps what they have in common; `cell_runner.CellRunner` is one."""
+    """Interface of an object that runs cells of one category, such as `cell_runner.CellRunner`."""
 
     def run(self, cells: Sequence[Cell]) -> list[CellResult]:
-        """The results of cells that share a training; raises `FastBGADError`."""
+        """Return the results of cells that share a training; raise `FastBGADError` where that fails."""
 
     def close(self) -> None:
-        """Frees the features."""
+        """Free the features."""
 
 
 MakeRunner = Callable[[Category, Dataset, Callable[[Progress], None]], Runner]
 OpenCategory = Callable[[Dataset, str], Category]
 Report = Callable[[int, str], None]
-"""Told how many cells have a result by now, and what is being done."""
+"""Called with the number of cells that have a result, and what is being done."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training and the cells it serves."""
+class Training:
+    """A training and cells that it serves."""
 
     key: str
     cells: tuple[Cell, ...]
 
     @property
-    def place(self) -> CategoryPlace:
-        """The category it belongs to."""
+    def category(self) -> CategoryKey:
+        """The data set and category that it belongs to."""
         return self.cells[0].dataset, self.cells[0].category
 
     @property
     def title(self) -> str:
-        """For people: data set, category, method and seed."""
+        """Data set, category, method and seed, for readers."""
         cell = self.cells[0]
         return f"{cell.dataset} {cell.category} · {(METHOD_NAMES | PEERS)[cell.method]}, seed {cell.seed}"
 
 
-def jobs_of(cells: Iterable[Cell]) -> tuple[Job, ...]:
-    """Groups cells by the training that serves them, in the order of each group's first cell."""
+def trainings_of(cells: Iterable[Cell]) -> tuple[Training, ...]:
+    """Group cells by the training that serves them, in the order of each group's first cell."""
     groups: dict[str, list[Cell]] = {}
     for cell in dict.fromkeys(cells):
         groups.setdefault(cell.training_key, []).append(cell)
-    return tuple(Job(key, tuple(members)) for key, members in groups.items())
+    return tuple(Training(key, tuple(members)) for key, members in groups.items())
 
 
 @dataclass
 class Outcome:
-    """What a worker came across.
+    """Failures that a worker knows of.
 
     Attributes:
-        ran: cells that this process measured.
         failed: of each training that failed since the launch, in any process, the message.
         unopened: of each category that this process could not open, the message.
     """
 
-    ran: int = 0
     failed: dict[str, str] = field(default_factory=dict)
-    unopened: dict[CategoryPlace, str] = field(default_factory=dict)
+    unopened: dict[CategoryKey, str] = field(default_factory=dict)
 
 
 def work(
@@ -96,29 +91,29 @@ def work(
     open_category: OpenCategory,
     make_runner: MakeRunner,
     *,
-    place: Place | None = None,
+    rank: Rank | None = None,
     on_cells: Report | None = None,
     poll: float = POLL,
 ) -> Outcome:
-    """Runs the missing cells, as far as nobody else does, and keeps each result in the ledger.
+    """Run the missing cells that no other process works on, and write each result into the ledger.
 
-    Returns when every cell has a result, failed or cannot be run here, and nobody else works on any: if a process dies
-    meanwhile, those that wait take over.
+    Return when every cell has a result, failed or cannot be run here, and no other process works on any. If a process
+    dies meanwhile, one that waits takes its work over.
 
     Args:
         ledger: results, claims, failures.
-        cells: what is wanted.
+        cells: to run where they are missing.
         open_category: opens a category of a data set, once per process.
         make_runner: makes the runner of a category, given a callback for its progress.
-        place: of this process among those launched together.
+        rank: of this process among those launched together.
         on_cells: called whenever something has been done.
-        poll: seconds between two looks at what others do.
+        poll: seconds between two checks of what others do.
 
     Raises:
         InterruptedTraining: Ctrl-C, or SIGTERM; results so far are kept and claims given back.
         OutputError: the ledger cannot be written.
     """
-    worker = _Worker(ledger, cells, open_category, make_runner, place or Place(), on_cells or (lambda done, text: None))
+    worker = _Worker(ledger, cells, open_category, make_runner, rank or Rank(), on_cells or (lambda done, text: None))
     try:
         with _sigterm_as_interrupt():
             return worker.run(poll)
@@ -126,7 +121,7 @@ def work(
         done = len(worker.cells) - len(ledger.missing(worker.cells))
         raise InterruptedTraining(
             f"interrupted; {done} of {len(worker.cells)} cells have results, which are kept in {ledger.folder}: the "
-            "same command goes on from there"
+            "same command resumes there"
         ) from interruption
 
 
@@ -137,101 +132,101 @@ class _Worker:
         cells: Sequence[Cell],
         open_category: OpenCategory,
         make_runner: MakeRunner,
-        place: Place,
+        rank: Rank,
         report: Report,
     ) -> None:
         self.ledger, self.open_category, self.make_runner, self.report = ledger, open_category, make_runner, report
         self.cells = tuple(dict.fromkeys(cells))
-        self.launched = ledger.clock() - launch_age(place)
+        self.launched = ledger.clock() - launch_age(rank)
         self.tried: set[str] = set()
         self.done, self.title = 0, ""
         self.outcome = Outcome()
-        places = places_of(self.cells)
-        start = len(places) * place.rank // place.world
-        self.places = places[start:] + places[:start]
+        categories = categories_of(self.cells)
+        start = len(categories) * rank.number // rank.world
+        self.categories = categories[start:] + categories[:start]
 
     def run(self, poll: float) -> Outcome:
-        # Damaged results are set aside now; later it is enough to see which files are there.
+        # Damaged results are renamed now; later it is enough to see which files are there.
         self.ledger.results(self.cells)
         while True:
             left, busy = self._left()
-            place = self._choose(left, busy)
-            if place is not None:
-                self._run_category(place, [job for job in left if job.place == place])
-            elif any(job.key in busy for job in left):
-                waiting = sum(len(job.cells) for job in left if job.key in busy)
+            category = self._choose(left, busy)
+            if category is not None:
+                self._run_category(category, [training for training in left if training.category == category])
+            elif any(training.key in busy for training in left):
+                waiting = sum(len(training.cells) for training in left if training.key in busy)
                 self.report(self.done, f"waiting for {waiting} cells of other processes")
                 time.sleep(poll)
             else:
                 break
-        keys = [job.key for job in jobs_of(self.ledger.missing(self.cells))]
-        self.outcome.failed |= {key: f.message for key, f in self.ledger.failures(keys, self.launched).items()}
+        keys = [training.key for training in trainings_of(self.ledger.missing(self.cells))]
+        failures = self.ledger.failures(keys, self.launched)
+        self.outcome.failed |= {key: failure.message for key, failure in failures.items()}
         return self.outcome
 
-    def _left(self) -> tuple[list[Job], set[str]]:
-        """The jobs that are neither done nor failed, with the cells they lack; and the keys that others work on."""
+    def _left(self) -> tuple[list[Training], set[str]]:
+        """Return the trainings that are neither done nor failed, with their missing cells, and the claimed keys."""
         busy = self.ledger.claimed()
         missing = self.ledger.missing(self.cells)
         self.done = len(self.cells) - len(missing)
-        jobs = jobs_of(missing)
-        failed = self.ledger.failures((job.key for job in jobs), self.launched)
-        return [job for job in jobs if job.key not in failed], busy
+        trainings = trainings_of(missing)
+        failed = self.ledger.failures((training.key for training in trainings), self.launched)
+        return [training for training in trainings if training.key not in failed], busy
 
-    def _choose(self, left: Sequence[Job], busy: set[str]) -> CategoryPlace | None:
-        """The next category with something to do: one that nobody works on, or else any, to help there."""
-        free = {job.place for job in left if self._may_try(job) and job.key not in busy}
-        taken = {job.place for job in left if job.key in busy}
-        ordered = [place for place in self.places if place in free]
-        return next((place for place in ordered if place not in taken), ordered[0] if ordered else None)
+    def _choose(self, left: Sequence[Training], busy: set[str]) -> CategoryKey | None:
+        """Return the next category with something to do, first one that nobody works on; None if there is none."""
+        free = {training.category for training in left if self._may_try(training) and training.key not in busy}
+        taken = {training.category for training in left if training.key in busy}
+        ordered = [category for category in self.categories if category in free]
+        return next((category for category in ordered if category not in taken), ordered[0] if ordered else None)
 
-    def _may_try(self, job: Job) -> bool:
-        return job.key not in self.tried and job.place not in self.outcome.unopened
+    def _may_try(self, training: Training) -> bool:
+        return training.key not in self.tried and training.category not in self.outcome.unopened
 
-    def _run_category(self, place: CategoryPlace, jobs: Sequence[Job]) -> None:
-        with closing(_Lazy(lambda: self._make(place))) as runner:
-            for job in jobs:
-                claim = self.ledger.claim(job.key) if self._may_try(job) else None
+    def _run_category(self, category: CategoryKey, trainings: Sequence[Training]) -> None:
+        with closing(_LazyRunner(lambda: self._make(category))) as runner:
+            for training in trainings:
+                claim = self.ledger.claim(training.key) if self._may_try(training) else None
                 if claim is None:
                     continue
                 with claim:
-                    self._run_job(job, runner)
-                    if not self.ledger.missing(job.cells):
+                    self._run_training(training, runner)
+                    if not self.ledger.missing(training.cells):
                         claim.release(done=True)
 
-    def _make(self, place: CategoryPlace) -> Runner:
-        self.report(self.done, f"{place[0]} {place[1]} · opening")
+    def _make(self, key: CategoryKey) -> Runner:
+        dataset, name = key
+        self.report(self.done, f"{dataset} {name} · opening")
         try:
-            category = self.open_category(*place)
+            category = self.open_category(dataset, name)
         except FastBGADError as error:
-            self.outcome.unopened[place] = str(error)
+            self.outcome.unopened[key] = str(error)
             raise _UnopenedError(str(error)) from error
-        return self.make_runner(category, place[0], self._show)
+        return self.make_runner(category, dataset, self._show)
 
-    def _run_job(self, job: Job, runner: Runner) -> None:
-        """Runs a job that this process has claimed. What goes wrong with it is recorded; the rest goes on."""
-        # Another process may have done, or failed at, it before the claim was taken.
-        there = self.ledger.results(job.cells)
-        cells = [cell for cell in job.cells if cell not in there]
-        if not cells or self.ledger.failures([job.key], self.launched):
+    def _run_training(self, training: Training, runner: Runner) -> None:
+        """Run a training that this process has claimed; record its failure, so that the others can be run."""
+        # Another process may have done it, or failed at it, before the claim was taken.
+        results = self.ledger.results(training.cells)
+        cells = [cell for cell in training.cells if cell not in results]
+        if not cells or self.ledger.failures([training.key], self.launched):
             return
-        self.tried.add(job.key)
-        self.title = job.title
+        self.tried.add(training.key)
+        self.title = training.title
         self.report(self.done, self.title)
         try:
             for result in runner.run(cells):
                 self.ledger.write(result)
-            lacking = self.ledger.missing(cells)
-            if lacking:
-                raise ConfigError(f"no result came of {', '.join(cell.key for cell in lacking)}")
+            missing = self.ledger.missing(cells)
+            if missing:
+                raise ConfigError(f"no result came of {', '.join(cell.key for cell in missing)}")
         except InterruptedTraining:
             raise
         except _UnopenedError:
             return
         except (FastBGADError, MemoryError, torch.OutOfMemoryError) as error:
-            self.ledger.fail(job.key, str(error) or type(error).__name__)
-        missing = self.ledger.missing(self.cells)
-        self.outcome.ran += len(cells) - len(set(cells) & set(missing))
-        self.done = len(self.cells) - len(missing)
+            self.ledger.fail(training.key, str(error) or type(error).__name__)
+        self.done = len(self.cells) - len(self.ledger.missing(self.cells))
         self.report(self.done, self.title)
 
     def _show(self, progress: Progress) -> None:
@@ -239,11 +234,11 @@ class _Worker:
 
 
 class _UnopenedError(FastBGADError):
-    """The category cannot be opened; that is recorded by itself, not as a failure of each of its jobs."""
+    """The category cannot be opened. That is recorded once, not as a failure of each of its trainings."""
 
 
-class _Lazy:
-    """A runner that is made when it is first needed: other processes may have taken all jobs of a category."""
+class _LazyRunner:
+    """A runner that is made when it is first needed: other processes may have taken all trainings of a category."""
 
     def __init__(self, make: Callable[[], Runner]) -> None:
         self._make = make
@@ -257,7 +252,7 @@ class _Lazy:
             try:
                 self._runner = self._make()
             except FastBGADError as error:
-                # A backbone that cannot be had is not asked for again with every job.
+                # Do not look for an unavailable backbone again with every training.
                 self._error = error
                 raise
         return self._runner.run(cells)
@@ -269,7 +264,7 @@ class _Lazy:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Batch systems and torchrun stop a process with SIGTERM; it then gives its claims back as after Ctrl-C."""
+    """Raise KeyboardInterrupt on SIGTERM, by which batch systems and torchrun stop a process: claims are given back."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -5,6 +5,8 @@ A boundary is a constant of the loss, so there is no gradient: `fastbgad.ops.bou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,4 +32,4 @@ def _fake(lp: Tensor, anomalous: Tensor, beta: float, tau: float, normalizer: fl
     return lp.new_empty(()), lp.new_empty(()), lp.new_empty((), dtype=torch.int64)
 
 
-boundary_op = register("boundary", _launch, portable=portable_boundary, fake=_fake)
+boundary_op: Any = register("boundary", _launch, portable=portable_boundary, fake=_fake)

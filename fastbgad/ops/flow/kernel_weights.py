@@ -161,4 +161,4 @@ def fake_pack(weights: list[Tensor], codes: Tensor | None, *arguments: Any) -> t
     return tuple(torch.empty_like(tensor) for tensor in plain_pack(weights, codes, *options))
 
 
-flow_pack = register("flow_pack", _launch, fake=fake_pack)
+flow_pack: Any = register("flow_pack", _launch, fake=fake_pack)

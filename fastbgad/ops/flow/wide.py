@@ -320,7 +320,9 @@ def _backward(ctx: Any, d_lp: Tensor | None, d_log_det: Tensor | None, d_z: Tens
     return d_x if need_x else None, d_dense if need_dense else None, None, d_weights, *nothing
 
 
-flow_wide = register(
+flow_wide: Any = register(
     "flow_wide", _launch, portable=_portable, fake=_fake, setup_context=_setup_context, backward=_backward
 )
-flow_wide_backward = register("flow_wide_backward", _launch_backward, portable=_portable_backward, fake=_fake_backward)
+flow_wide_backward: Any = register(
+    "flow_wide_backward", _launch_backward, portable=_portable_backward, fake=_fake_backward
+)

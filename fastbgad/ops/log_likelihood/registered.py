@@ -68,9 +68,9 @@ def _backward(ctx: Any, d_lp: Tensor) -> tuple[Tensor, Tensor]:
     return log_likelihood_backward_op(z, d_lp, ctx.log_det_dtype)
 
 
-log_likelihood_op = register(
+log_likelihood_op: Any = register(
     "log_likelihood", _launch, portable=_portable, fake=_fake, setup_context=_setup_context, backward=_backward
 )
-log_likelihood_backward_op = register(
+log_likelihood_backward_op: Any = register(
     "log_likelihood_backward", _launch_backward, portable=_portable_backward, fake=_fake_backward
 )

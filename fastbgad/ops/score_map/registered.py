@@ -6,6 +6,7 @@ It is for inference and has no gradient: `fastbgad.ops.score_map` keeps tensors 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -40,4 +41,4 @@ def _fake(
     return level_max.new_empty(batch, height, width), level_max.new_empty(batch)
 
 
-score_map_op = register("score_map", _launch, portable=_portable, fake=_fake)
+score_map_op: Any = register("score_map", _launch, portable=_portable, fake=_fake)

@@ -144,7 +144,9 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     return (d_lp, *[None] * 12)
 
 
-spp_loss_op = register(
+spp_loss_op: Any = register(
     "spp_loss", _launch, portable=_portable, fake=_fake, setup_context=_setup_context, backward=_backward
 )
-spp_loss_backward_op = register("spp_loss_backward", _launch_backward, portable=_portable_backward, fake=_fake_backward)
+spp_loss_backward_op: Any = register(
+    "spp_loss_backward", _launch_backward, portable=_portable_backward, fake=_fake_backward
+)

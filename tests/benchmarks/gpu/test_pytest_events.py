@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import pytest_events
-from benchmarks.gpu.supervisor import Job, Supervisor
+from benchmarks.gpu.supervisor import ChildJob, Supervisor
 from tests import ROOT
 
 TESTS = """
@@ -56,16 +56,21 @@ def run(folder: Path, source: str) -> dict[str, dict[str, Any]]:
         return call if items is None else ["env", f"{pytest_events.WANTED}={json.dumps(list(items))}", *call]
 
     supervisor = Supervisor(ROOT, records.append, lambda text: None)
-    supervisor.run([Job("tests", command, 30, {"PYTHONPATH": str(ROOT)})], time.monotonic() + 120)
+    supervisor.run([ChildJob("tests", command, 30, {"PYTHONPATH": str(ROOT)})], time.monotonic() + 120)
     return {record["item"].rpartition("::")[2]: record for record in records}
 
 
 def test_every_outcome(tmp_path: Path) -> None:
     found = run(tmp_path, TESTS)
     assert {name: record["outcome"] for name, record in found.items()} == {
-        "test_right": "right", "test_wrong": "failed", "test_broken_fixture": "failed", "test_skipped": "skipped",
-        "test_crash": "crashed", "test_behind[a b]": "right", "test_behind[c]": "right",
-    }  # fmt: skip
+        "test_right": "right",
+        "test_wrong": "failed",
+        "test_broken_fixture": "failed",
+        "test_skipped": "skipped",
+        "test_crash": "crashed",
+        "test_behind[a b]": "right",
+        "test_behind[c]": "right",
+    }
     assert "not the same" in found["test_wrong"]["traceback"]
     assert "no device" in found["test_broken_fixture"]["traceback"]
     assert "not today" in found["test_skipped"]["message"]

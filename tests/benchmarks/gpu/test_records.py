@@ -48,9 +48,6 @@ def test_what_is_not_json_becomes_text() -> None:
     }
 
 
-# ---------------------------------------------------------------- collect
-
-
 def entry(median: float, **more: Any) -> dict[str, Any]:
     return {"relative_error": 1e-6, "median_us": median, "low_us": median, "high_us": median, "rounds": 30, **more}
 
@@ -69,15 +66,31 @@ def write_run(folder: Path, *more: dict[str, Any], **run: Any) -> Path:
     machine = {"gpu": "NVIDIA H100 80GB HBM3, 79 GiB"}
     ceilings = {"copy_bytes_per_second": 3e12, "matrix_flops_per_second": 7e14}
     records.add(
-        {"stage": "smoke", "item": "environment", "outcome": "right", "gpu": "NVIDIA H100 80GB HBM3", "driver": "580",
-         "machine": machine, "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
-    )  # fmt: skip
+        {
+            "stage": "smoke",
+            "item": "environment",
+            "outcome": "right",
+            "gpu": "NVIDIA H100 80GB HBM3",
+            "driver": "580",
+            "machine": machine,
+            "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        }
+    )
     contenders = {"eager FrEIA": entry(1000.0), "fastbgad triton": entry(100.0, speed=10.0)}
     for name in ("flow, three levels", "boundary, 4096 rows"):
         records.add(
-            {"stage": "headline", "item": name, "name": name, "outcome": "measured", "baseline": "eager FrEIA",
-             "contenders": contenders, "notes": [], "at": 3.0, "ceilings": ceilings}
-        )  # fmt: skip
+            {
+                "stage": "headline",
+                "item": name,
+                "name": name,
+                "outcome": "measured",
+                "baseline": "eager FrEIA",
+                "contenders": contenders,
+                "notes": [],
+                "at": 3.0,
+                "ceilings": ceilings,
+            }
+        )
     for record in more:
         records.add(record)
     records.add({"stage": "run", "outcome": "ends", "seconds": 100.0})
@@ -93,9 +106,14 @@ def test_collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     name = "boundary, 4096 rows"
     again = {
-        "stage": "headline", "item": name, "name": name, "outcome": "wrong", "baseline": "eager FrEIA", "notes": [],
+        "stage": "headline",
+        "item": name,
+        "name": name,
+        "outcome": "wrong",
+        "baseline": "eager FrEIA",
+        "notes": [],
         "contenders": {"eager FrEIA": entry(900.0), "fastbgad triton": {"failed": "it crashed the process"}},
-    }  # fmt: skip
+    }
     tests = [
         {"stage": "tests", "item": "tests/ops/boundary/test_registered.py::test_a", "outcome": "right"},
         {
@@ -107,7 +125,7 @@ def test_collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ]
     crash = {"stage": "headline", "item": name, "step": "fastbgad triton", "outcome": "crashed", "message": "SIGSEGV"}
     out = write_run(tmp_path / "out", crash, again, *tests)
-    tiles = {"tiles": {"score_map": {"map": {"BH": 4, "BW": 128, "num_warps": 4}}}, "measured_on": {}}
+    tiles = {"tiles": {"score_map": {"map": {"TH": 4, "TW": 128, "num_warps": 4}}}, "measured_on": {}}
     (out / "tiles.json").write_text(json.dumps(tiles))
     monkeypatch.setattr(collect, "checkout", lambda root: HERE)
     (tmp_path / "configs").mkdir()
@@ -118,8 +136,9 @@ def test_collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     content = json.loads(path.read_text())
     assert (content["commit"], content["driver"], content["seconds"]) == ("abc1234", "580", 100.0)
     assert content["equivalence"]["boundary"] == {
-        "passed": 1, "failed": ["tests/ops/boundary/test_registered.py::test_b: no"]
-    }  # fmt: skip
+        "passed": 1,
+        "failed": ["tests/ops/boundary/test_registered.py::test_b: no"],
+    }
     assert [trouble["outcome"] for trouble in content["troubles"]] == ["crashed", "wrong", "failed"]
     assert json.loads((tmp_path / "configs" / "nvidia_h100_80gb_hbm3.json").read_text()) == tiles
     (source,) = read_sources(results)

@@ -1,7 +1,7 @@
 """All that the kernel tests launch is compiled for a GPU, as Triton's JIT specializes it, though there is none.
 
-The tests run once more, in processes of their own, on a driver that compiles and launches nothing. What a launch asks
-for first takes some seconds; it stays in Triton's cache, so later runs take a minute in all.
+The tests run once more, in processes of their own, on a driver that compiles and launches nothing: some of them always,
+all of them in the slow tier. What a launch asks for first takes some seconds; it stays in Triton's cache.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.gpu import pytest_stand_in, stand_in_driver
-from fastbgad.kernels.variant import MODULES
+from fastbgad.kernels.variants import MODULES
 from tests import ROOT
+from tests.grids import slow
 
-# Groups of files of kernel tests, each with the kernels that it must reach.
+# Groups of files of kernel tests, each with the kernels that it must reach, and which of the tests reach them all and
+# every kind of rows: these are enough outside the slow tier.
 ROWS = (
     (
         "ops/log_likelihood/test_dispatcher.py",
@@ -31,11 +33,19 @@ ROWS = (
         "ops/spp_loss/test_registered.py",
     ),
     {
-        "log_likelihood_forward_kernel", "log_likelihood_backward_kernel", "boundary_small_kernel",
-        "boundary_histogram_kernel", "boundary_finish_kernel", "score_map_kernel", "spp_loss_small_kernel",
-        "spp_loss_partial_kernel", "spp_loss_finish_kernel", "spp_loss_backward_kernel",
+        "log_likelihood_forward_kernel",
+        "log_likelihood_backward_kernel",
+        "boundary_small_kernel",
+        "boundary_histogram_kernel",
+        "boundary_finish_kernel",
+        "score_map_kernel",
+        "spp_loss_small_kernel",
+        "spp_loss_partial_kernel",
+        "spp_loss_finish_kernel",
+        "spp_loss_backward_kernel",
     },
-)  # fmt: skip
+    "stride or narrow or half_precision or several_tiles or same_bits or sums_of_many or spread_as_in",
+)
 FLOW = (
     (
         "kernels/flow/test_pack.py",
@@ -44,10 +54,15 @@ FLOW = (
         "ops/flow/test_registered_values.py",
     ),
     {
-        "flow_pack_kernel", "flow_forward_kernel", "flow_backward_kernel", "flow_weight_gradient_kernel",
+        "flow_pack_kernel",
+        "flow_forward_kernel",
+        "flow_backward_kernel",
+        "flow_weight_gradient_kernel",
         "flow_unpack_kernel",
     },
-)  # fmt: skip
+    "test_maps_of_any_shape or test_variants or (test_tiles_that_ship and (40 or 200)) or "
+    "(test_gradients and (dense or (none and float32)))",
+)
 WIDE = (
     (
         "ops/flow/test_wide.py",
@@ -56,31 +71,58 @@ WIDE = (
         "ops/flow/test_wide_operator.py",
     ),
     {
-        "coupling_forward_kernel", "coupling_backward_kernel", "coupling_operand_kernel", "coupling_rows_kernel",
+        "coupling_forward_kernel",
+        "coupling_backward_kernel",
+        "coupling_operand_kernel",
+        "coupling_rows_kernel",
         "coupling_clear_kernel",
     },
-)  # fmt: skip
+    "(test_variants and float16) or unusable_rows",
+)
 GROUPS = {"rows and maps": ROWS, "flow": FLOW, "wide flow": WIDE}
 # These look at operators and graphs, which dynamo cannot trace under -O; their kernels are those of the other tests.
-OF_OPERATORS = "opcheck or regist or compile or export or waits_for_nothing or frozen_flow"
+# Names of files count, too: "regist" would leave out test_registered.py.
+OF_OPERATORS = (
+    "opcheck or registration or registered_operators or registered_operation or compile or export or waits_for_nothing "
+    "or frozen_flow"
+)
 # These compare by a function in place of an assertion, after their last launch.
 OF_VALUES = {"test_values_that_are_not_finite_spread_as_in_the_oracle"}
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_launch_compiles(group: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("group", "everything"), [*((name, False) for name in GROUPS), *(slow(name, True) for name in GROUPS)]
+)
+def test_every_launch_compiles(group: str, everything: bool, tmp_path: Path) -> None:
     """For capability 9.0: specialization, compilation, shared memory, and the limits of a grid."""
-    files, kernels = GROUPS[group]
+    files, kernels, some = GROUPS[group]
+    selection = (
+        ["-k", f"not ({OF_OPERATORS})"]
+        if everything
+        else ["-k", f"({some}) and not ({OF_OPERATORS})", "-m", "not slow"]
+    )
     log = tmp_path / "launches.jsonl"
     log.touch()
     environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     environment[pytest_stand_in.LOG] = str(log)
     # With -O there are no assertions: outputs hold whatever was in memory.
     command = [
-        sys.executable, "-O", "-m", "pytest", "-q", "-o", "addopts=", "--assert=plain", "-p", pytest_stand_in.__name__,
-        "-p", "no:cacheprovider", "-k", f"not ({OF_OPERATORS})", "--tb=short",
+        sys.executable,
+        "-O",
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "--assert=plain",
+        "-p",
+        pytest_stand_in.__name__,
+        "-p",
+        "no:cacheprovider",
+        *selection,
+        "--tb=short",
         *(str(ROOT / "tests" / name) for name in files),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -103,7 +145,7 @@ def test_every_kernel_is_reached_by_some_test() -> None:
     """A new kernel belongs into a group above."""
     source = "".join(path.read_text() for path in sorted((ROOT / "kernels").rglob("*.py")))
     kernels = set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
-    assert kernels == set().union(*(reached for _, reached in GROUPS.values()))
+    assert kernels == set().union(*(reached for _, reached, _ in GROUPS.values()))
 
 
 def run(folder: Path, script: str) -> str:

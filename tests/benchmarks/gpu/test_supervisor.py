@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.supervisor import Job, Supervisor
+from benchmarks.gpu.supervisor import ChildJob, Supervisor
 from tests import ROOT
 
 # A child as the supervisor's own: items by name, run by the functions of the scenario.
@@ -42,16 +42,16 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.log: list[str] = []
 
-    def job(self, names: Sequence[str], body: str, item_seconds: float = 30.0, name: str = "job") -> Job:
+    def job(self, names: Sequence[str], body: str, item_seconds: float = 30.0, name: str = "job") -> ChildJob:
         script = self.folder / f"{name}.py"
         script.write_text(CHILD.format(names=list(names), body=textwrap.indent(textwrap.dedent(body), "    ")))
 
         def command(items: Sequence[str] | None, skip: Sequence[tuple[str, str]]) -> list[str]:
             return [sys.executable, str(script), json.dumps(items), json.dumps(skip)]
 
-        return Job(name, command, item_seconds, {"PYTHONPATH": str(ROOT)})
+        return ChildJob(name, command, item_seconds, {"PYTHONPATH": str(ROOT)})
 
-    def __call__(self, *jobs: Job, seconds: float = 60.0, processes: int = 1) -> dict[str, str]:
+    def __call__(self, *jobs: ChildJob, seconds: float = 60.0, processes: int = 1) -> dict[str, str]:
         """Run the jobs; returns the outcome of every item."""
         supervisor = Supervisor(self.folder, self.records.append, self.log.append, processes)
         supervisor.run(jobs, time.monotonic() + seconds)
@@ -147,7 +147,7 @@ def test_a_spoiled_device_gets_another_process(run: Run) -> None:
 
 
 def test_what_does_not_begin_is_said_once(run: Run, tmp_path: Path) -> None:
-    broken = Job("broken", lambda items, skip: [sys.executable, "-c", "import no_such_module"], 30)
+    broken = ChildJob("broken", lambda items, skip: [sys.executable, "-c", "import no_such_module"], 30)
     assert run(broken, run.job("a", "")) == {"broken": "crashed", "a": "right"}
     assert "no_such_module" in run.records[0]["output"][-1]
 
@@ -182,12 +182,12 @@ def test_a_killed_parent_leaves_no_child(run: Run, tmp_path: Path, how: signal.S
     parent = f"""
 import sys, time
 from pathlib import Path
-from benchmarks.gpu.supervisor import Job, Supervisor
+from benchmarks.gpu.supervisor import ChildJob, Supervisor
 import signal
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 command = {job.command(None, [])!r}
 Supervisor(Path("."), print, print).run(
-    [Job("job", lambda items, skip: command, 60, {job.environment!r})], time.monotonic() + 60
+    [ChildJob("job", lambda items, skip: command, 60, {job.environment!r})], time.monotonic() + 60
 )
 """
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.DEVNULL)

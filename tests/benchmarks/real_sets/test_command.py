@@ -13,9 +13,8 @@ import real
 from real_sets import bench, command, work
 from real_sets.results import collect
 
-from fastbgad.errors import BackendError
+from fastbgad.errors import BackendError, InterruptedTraining
 from fastbgad.experiments.running.claims import Claims
-from fastbgad.train.fit import InterruptedTraining
 from tests.make_data import make_mvtec
 
 BENCHMARKS = Path(real.__file__).parent
@@ -49,15 +48,20 @@ def test_a_run_of_everything_that_takes_gabor_features(data: Path, capsys: pytes
     assert list(found) == [*names, "nut/gabor-64-once/gaussian-seed0.json"]
     for path, kept in found.items():
         assert kept["images"] == {
-            "normals": 3, "known": 2, "known_used": 2 if "bgad-" in path else 0, "test_normal": 2, "test_anomalous": 2
-        }  # fmt: skip
+            "normals": 3,
+            "known": 2,
+            "known_used": 2 if "bgad-" in path else 0,
+            "test_normal": 2,
+            "test_anomalous": 2,
+        }
         assert all(0 <= value <= 1 for value in kept["metrics"].values())
         assert kept["training_seconds"] > 0
         assert kept["scoring_seconds"] > 0
         assert kept["facts"]["threads"] == 1
         assert (kept["decision"] is None) == ("gaussian" in path)
-        assert path.replace(".json", ".npz") in [str(p.relative_to(data.parent / "out")) for p in
-                                                 (data.parent / "out").rglob("*.npz")]  # fmt: skip
+        assert path.replace(".json", ".npz") in [
+            str(p.relative_to(data.parent / "out")) for p in (data.parent / "out").rglob("*.npz")
+        ]
     assert not any(kept["points"] for kept in found.values())
 
 
@@ -133,8 +137,9 @@ def test_a_failing_peer_and_an_unreadable_set_are_named(
     (data / "set" / "zip" / "train" / "good" / "000.png").unlink()
     assert run(data, "--features", "lite0", "--weights", "random", "--methods", "padim", "gaussian") == 0
     assert [path for path in results(data) if "padim" in path] == [
-        "nut/lite0-64-once/padim-seed0.json", "zip/lite0-64-once/padim-seed0.json"
-    ]  # fmt: skip
+        "nut/lite0-64-once/padim-seed0.json",
+        "zip/lite0-64-once/padim-seed0.json",
+    ]
 
 
 def test_convergence(data: Path) -> None:

@@ -28,7 +28,7 @@ def result(method: str, image: float, category: str = "nut", seed: int = 0, sett
         f"{kind}_beyond_{edge}": share
         for kind, share in (("normal", 0.25), ("anomalous", 0.75))
         for edge in ("b_n", "b_a")
-    }  # fmt: skip
+    }
     run = Run(category, "lite0", 256, setting, method, seed)
     return Result(run, metrics, decision if method in OURS else None, 10.0 + seed, 2.0, COUNTS, [], dict(FACTS))
 
@@ -97,8 +97,12 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The README's table: BGAD, NFAD, the Gaussian, then the best two peers that have every category.
     table = capsys.readouterr().out.split("for the README:\n\n")[1].splitlines()
     assert [line.split(" (")[0] for line in table[2:]] == [
-        "| BGAD", "| NFAD", "| Gaussian per level", "| PatchCore", "| CFA"
-    ]  # fmt: skip
+        "| BGAD",
+        "| NFAD",
+        "| Gaussian per level",
+        "| PatchCore",
+        "| CFA",
+    ]
 
 
 def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +117,8 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert page(tmp_path, "--check") == 1
     said = capsys.readouterr().err
-    assert "REAL.md does not fit the kept figures; run `python benchmarks/real.py --page`" in said
+    assert "REAL.md differs, first at: " in said
+    assert "; run `python benchmarks/real.py --page`" in said
     assert "real-old.svg does not belong to the page" in said
     assert page(tmp_path) == 0
     assert page(tmp_path, "--check") == 0

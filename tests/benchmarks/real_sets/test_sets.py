@@ -17,10 +17,8 @@ from torch.nn.functional import interpolate
 
 from fastbgad.backbones import create_backbone
 from fastbgad.errors import DataError, FeatureError, MetricError
-from fastbgad.features.image_features import ImageFeatures
+from fastbgad.features import ImageFeatures, ImageReading
 from tests.make_data import make_folder_dataset, make_mvtec
-
-# ---------------------------------------------------------------- categories
 
 
 def test_categories_up_to_two_folders_deep(tmp_path: Path) -> None:
@@ -33,9 +31,12 @@ def test_categories_up_to_two_folders_deep(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     found = find_categories(tmp_path)
     assert found == {
-        "alone": tmp_path / "alone", "mvtec.screw": tmp_path / "mvtec" / "screw", "nut": tmp_path / "mvtec" / "nut",
-        "other.screw": tmp_path / "other" / "screw", "plain": tmp_path / "plain",
-    }  # fmt: skip
+        "alone": tmp_path / "alone",
+        "mvtec.screw": tmp_path / "mvtec" / "screw",
+        "nut": tmp_path / "mvtec" / "nut",
+        "other.screw": tmp_path / "other" / "screw",
+        "plain": tmp_path / "plain",
+    }
     for name, folder in found.items():
         category = open_set(name, folder)
         assert (category.name, category.root) == (name, folder)
@@ -69,9 +70,6 @@ def test_a_test_without_normal_images_is_refused(tmp_path: Path) -> None:
         split_set(bare, 0)
 
 
-# ---------------------------------------------------------------- recall at false alarms
-
-
 def brute_force(scores: np.ndarray, labels: np.ndarray, limit: float) -> float:
     """The best recall of all thresholds below, between and above the scores."""
     found = []
@@ -102,15 +100,17 @@ def test_recall_of_ties_and_of_infinite_scores() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "labels", "limit"),
-    [([1.0, np.nan], [0, 1], 0.01), ([1.0], [1], 0.01), ([1.0, 2.0], [0, 0], 0.01), ([1.0], [0, 1], 0.01),
-     ([1.0, 2.0], [0, 1], 1.5)],
-)  # fmt: skip
+    [
+        ([1.0, np.nan], [0, 1], 0.01),
+        ([1.0], [1], 0.01),
+        ([1.0, 2.0], [0, 0], 0.01),
+        ([1.0], [0, 1], 0.01),
+        ([1.0, 2.0], [0, 1], 1.5),
+    ],
+)
 def test_recall_of_what_has_none(scores: list[float], labels: list[int], limit: float) -> None:
     with pytest.raises(MetricError):
         recall_at_false_alarms(scores, np.array(labels, dtype=bool), limit)
-
-
-# ---------------------------------------------------------------- the Gaussian
 
 
 def test_distances_are_scipys() -> None:
@@ -142,7 +142,7 @@ def test_gaussian_maps_sum_over_levels(tmp_path: Path) -> None:
     category = open_set("widget", make_mvtec(tmp_path, normals=3, per_type=1, size=64))
     backbone = create_backbone("tf_efficientnet_lite0", weights="random")
     images = [*category.train, *category.test]
-    features = ImageFeatures(backbone, (64, 64), images, category.train, workers=0)
+    features = ImageFeatures(backbone, (64, 64), images, category.train, reading=ImageReading(workers=0))
     features.extract(images)
     normals, test = features.slots(category.train), features.slots(category.test)
     maps, image_scores = gaussian_maps(features.store, normals, test, (64, 64))
@@ -156,9 +156,6 @@ def test_gaussian_maps_sum_over_levels(tmp_path: Path) -> None:
         wanted += interpolate(squared[:, None], (64, 64), mode="bilinear", align_corners=False)
     torch.testing.assert_close(maps.double(), wanted[:, 0], rtol=1e-4, atol=1e-4)
     assert torch.equal(image_scores, maps.amax(dim=(1, 2)))
-
-
-# ---------------------------------------------------------------- the grid
 
 
 def test_the_plan() -> None:

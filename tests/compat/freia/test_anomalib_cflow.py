@@ -154,4 +154,4 @@ def test_another_anomalib_is_refused(original: Any) -> None:
     with pytest.raises(UnsupportedFlowError, match="lacks condition_vector"):
         fastbgad.accelerate(strange)
     assert type(strange) is type(original)
-    assert not isinstance(strange.decoders[0], fastbgad.compat.freia.accelerate.AcceleratedFlow)
+    assert not isinstance(strange.decoders[0], fastbgad.compat.freia.acceleration.AcceleratedFlow)

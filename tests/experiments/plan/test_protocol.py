@@ -89,7 +89,7 @@ def test_names():
 def test_every_published_cell_of_a_runnable_method_has_a_row(name, peers):
     planned = [(row.setting, row.row, row.method) for row in table(name, peers=peers).rows]
     assert len(set(planned)) == len(planned)
-    wanted = {cell.place[:3] for cell in published(name) if RUNNABLE.get(cell.method) in {**METHOD_NAMES, **PEERS}}
+    wanted = {cell.key[:3] for cell in published(name) if RUNNABLE.get(cell.method) in {**METHOD_NAMES, **PEERS}}
     if not peers:
         wanted = {place for place in wanted if RUNNABLE[place[2]] in METHOD_NAMES}
     additional = {place for place in planned if place[2] == "CFLOW-AD"}

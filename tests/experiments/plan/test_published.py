@@ -8,14 +8,14 @@ import pytest
 from fastbgad.config import METHOD_NAMES
 from fastbgad.errors import DataError
 from fastbgad.experiments.plan.cells import PEERS
-from fastbgad.experiments.plan.published import RUNNABLE, TABLES, PublishedCell, published, read_published
+from fastbgad.experiments.plan.published import RUNNABLE, TABLES, PublishedNumber, published, read_published
 
 HEAD = "table,dataset,setting,row,method,metric,value,std\n"
 LINE = "btad,btad,multi_class,1,BGAD,pixel_auroc,0.982,0.0027\n"
 
 
 def value(table: str, row: str, method: str, metric: str, setting: str = "one_class") -> float:
-    (cell,) = (cell for cell in published(table) if cell.place == (setting, row, method, metric))
+    (cell,) = (cell for cell in published(table) if cell.key == (setting, row, method, metric))
     return cell.value
 
 
@@ -33,7 +33,7 @@ def test_every_table_is_there():
 
 
 def test_numbers_of_the_slides():
-    assert published("btad")[5] == PublishedCell(
+    assert published("btad")[5] == PublishedNumber(
         "btad", "btad", "multi_class", "1", "BGAD", "pixel_auroc", 0.982, 0.0027
     )
     assert value("unsupervised_vs_bgad", "transistor", "NFAD", "aupro", "multi_class") == 0.788
@@ -65,7 +65,7 @@ def test_rows_of_the_semi_push_pull_ablation_are_means_over_the_known_types():
                 types = [
                     cell.value
                     for cell in published("one_class")
-                    if cell.row.startswith(f"{category}:") and cell.place[2:] == (method, metric)
+                    if cell.row.startswith(f"{category}:") and cell.key[2:] == (method, metric)
                 ]
                 assert statistics.mean(types) == pytest.approx(mean, abs=0.0011)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastbgad.errors import DataError, DatasetProblemsError
-from fastbgad.experiments.plan.sources import find_sources, places_of
+from fastbgad.experiments.plan.sources import categories_of, find_sources
 from tests.cells import some_cells
 from tests.make_data import make_btad, make_mvtec
 
@@ -77,5 +77,5 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
         find_sources([])
 
 
-def test_places_of_cells() -> None:
-    assert places_of(some_cells(("screw", "carpet"))) == (("mvtec", "screw"), ("mvtec", "carpet"))
+def test_categories_of_cells() -> None:
+    assert categories_of(some_cells(("screw", "carpet"))) == (("mvtec", "screw"), ("mvtec", "carpet"))

@@ -1,51 +1,19 @@
-"""The page of the experiments and the files beside it: self-contained, complete, and honest about what is missing."""
+"""The page of the experiments and the files beside it: self-contained, complete, with what is missing."""
 
 from __future__ import annotations
 
 import re
 import sys
-import xml.etree.ElementTree as ET
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from fastbgad.errors import MissingDependencyError
 from fastbgad.experiments.plan.setup import Setup
-from fastbgad.experiments.results.charts import drawings_of
 from fastbgad.experiments.results.outputs import print_plans, write_outputs
-from fastbgad.experiments.results.pictures import load_examples
-from fastbgad.experiments.results.summary import summarise
-from fastbgad.render.plots import heat_colors
-from fastbgad.render.svg import CSS, for_paper
 from tests.evaluate.test_report import Page
+from tests.experiments.results.conftest import FACTS, keep_maps, page_of, results_of
 from tests.made_up_results import cell, published, result, sweep, table
-
-FACTS = {"command": "fastbgad reproduce btad", "versions": {"torch": "2.11.0"}, "long": list(range(40))}
-
-
-def results_of(*plans, value: float = 0.9, best: float | None = 0.95, **changes):
-    return {one: result(one, value, best, **changes) for plan in plans for one in plan.cells}
-
-
-def page_of(tmp_path, plans, results, facts=FACTS) -> Page:
-    files = write_outputs(tmp_path, plans, results, Setup(), facts)
-    assert files[-1] == tmp_path / "reproduce.html"
-    assert all(file.is_file() for file in files)
-    return Page(files[-1])
-
-
-def keep_maps(tmp_path, of, names=("cut/0.png", "cut/1.png", "hole/0.png", "good/0.png"), **changes) -> None:
-    """The file of a cell: noise, a square defect on all images but the good ones, and scores of 1 there."""
-    count, rng = len(names), np.random.default_rng(0)
-    masks = np.zeros((count, 40, 40), bool)
-    masks[[not name.startswith("good") for name in names], 10:30, 10:30] = True
-    images = rng.integers(90, 110, (count, 40, 40, 3), dtype=np.uint8)
-    arrays = {"names": np.array(names), "images": images, "masks": masks, "maps": masks.astype(np.float16)}
-    (tmp_path / "pictures").mkdir(exist_ok=True)
-    arrays |= {"range": np.array([0, 1], np.float32)} | changes
-    np.savez(tmp_path / "pictures" / f"{of.key}.npz", **arrays)
 
 
 def test_everything_is_written_and_the_page_needs_nothing_else(tmp_path):
@@ -160,133 +128,6 @@ def test_names_cannot_break_the_page(tmp_path):
     assert page.text.count(evil) >= 8
     swept = sweep(values=(evil, "b"), option="augment.kind", label=evil)
     assert "<b onload" not in page_of(tmp_path, [swept], results_of(swept)).source
-
-
-def test_charts_are_drawn_on_paper_and_on_the_page():
-    plans = [table(), sweep(methods=["bgad", "nfad"]), sweep(name="onoff", values=(False, True), option="loss.focal")]
-    for plan in plans:
-        drawing = next(drawings_of(summarise(plan, results_of(plan))))
-        assert "var(--series-1)" in drawing.chart.svg
-        text = for_paper(drawing.svg)
-        ET.fromstring(text)
-        assert "var(--" not in text
-        assert not set(CSS) & set(re.findall("#[0-9a-f]{6}", text))
-        assert "#2f5fa8" in text
-        if plan is plans[0]:
-            assert ">carpet</text>" in drawing.chart.svg
-            assert ">carpet</text>" in text
-
-
-def x_of(svg: str, color: str) -> list[float]:
-    """Horizontal places of the markers of one colour, in the order of drawing."""
-    return [float(x) for x in re.findall(rf'<use [^>]*?x="([\d.]+)"[^>]*?style="[^"]*{re.escape(color)}', svg)]
-
-
-def test_the_axis_of_a_sweep_follows_its_values():
-    def places(values, **changes) -> list[float]:
-        plan = sweep(values=values, **changes)
-        drawing = next(drawings_of(summarise(plan, results_of(plan, best=None))))
-        return x_of(drawing.chart.svg, "var(--series-1)")[: len(values)]
-
-    a, b, c = places((0.001, 0.01, 0.1))
-    assert c - b == pytest.approx(b - a, rel=1e-3)
-    a, b, c = places((0.0, 0.1, 1.0))  # a logarithm has no zero
-    assert a < b < c
-    a, b, c = places((1, 2, 4), option="flow.coupling_layers", logarithmic=False)
-    assert c - b == pytest.approx(2 * (b - a), rel=1e-3)
-    a, b, c = places(("none", "flip", "cutpaste"), option="x.y")
-    assert c - b == pytest.approx(b - a, rel=1e-3)
-
-
-def test_incomplete_points_are_not_drawn():
-    plan = sweep(values=(0.001, 0.01, 0.1))
-    there = results_of(plan, best=None)
-    complete = next(drawings_of(summarise(plan, there))).chart.svg
-    for one in plan.points[1].cells:
-        del there[one]
-    drawn = next(drawings_of(summarise(plan, there))).chart.svg
-    places = [len(set(x_of(svg, "var(--series-1)"))) for svg in (complete, drawn)]
-    assert places == [4, 3]  # one of them is the legend's
-
-
-def test_the_qualitative_figure_takes_both_methods_maps_of_the_same_images(tmp_path):
-    plan = table(methods=["nfad", "bgad"])
-    keep_maps(tmp_path, cell("carpet", "nfad"))
-    # In another order, and with a map that is hot everywhere.
-    names = ("hole/0.png", "cut/0.png")
-    keep_maps(tmp_path, cell("carpet", "bgad"), names=names, maps=np.ones((2, 40, 40), np.float16))
-    keep_maps(tmp_path, cell("grid", "bgad", 1))
-    examples, problems = load_examples(tmp_path, [plan])
-    assert problems == []
-    assert [(e.category, e.name) for e in examples] == [
-        ("carpet", "cut/0.png"), ("carpet", "hole/0.png"), ("grid", "cut/0.png"), ("grid", "hole/0.png"),
-    ]  # fmt: skip
-    assert [panel.caption for panel in examples[0].panels] == ["Input", "Ground truth", "NFAD map", "BGAD map"]
-    photo, _, nfad, bgad = (panel.picture for panel in examples[0].panels)
-    hottest = heat_colors(np.array([1.0]))[0].astype(float)
-    for picture, (y, x), is_hot in ((nfad, (20, 20), True), (nfad, (2, 2), False), (bgad, (2, 2), True)):
-        assert (np.abs(picture[y, x] - hottest).mean() < 40) == is_hot
-    assert photo.shape == (40, 40, 3)
-    assert [panel.picture is None for panel in examples[2].panels] == [False, False, True, False]  # no NFAD of grid
-    page = page_of(tmp_path, [plan], results_of(plan))
-    assert page.text.count("no map") == 2
-    assert len(page.values("img", "src")) == 4 * 4 - 2
-    with Image.open(tmp_path / "qualitative.png") as figure:
-        assert figure.width > 4 * 192
-        assert figure.height > 4 * 192
-
-
-def test_a_pair_of_maps_is_preferred_to_a_single_one(tmp_path):
-    plan = table(categories=["carpet"], seeds=[0, 1])
-    keep_maps(tmp_path, cell("carpet", "nfad", 0))
-    for method in ("nfad", "bgad"):
-        keep_maps(tmp_path, cell("carpet", method, 1), names=(f"cut/{method}.png", "cut/both.png"))
-    examples, _ = load_examples(tmp_path, [plan])
-    assert [e.name for e in examples] == ["cut/nfad.png", "cut/both.png"]
-    # Maps of sweeps and of other plans are not looked at.
-    assert load_examples(tmp_path, [sweep()]) == ([], [])
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda file: file.write_bytes(b""), "it is no archive"),
-        (lambda file: file.write_bytes(file.read_bytes()[:700]), "it is no archive"),
-        (lambda file: np.savez(file, names=np.array(["a"])), "it is no archive"),
-        (lambda file: np.savez(file, names=np.array([{}])), "it is no archive"),
-    ],
-)
-def test_a_damaged_file_is_named_and_the_rest_goes_on(tmp_path, damage, message):
-    plan = table(categories=["carpet", "grid"])
-    for category in ("carpet", "grid"):
-        keep_maps(tmp_path, cell(category))
-    broken = tmp_path / "pictures" / f"{cell('carpet').key}.npz"
-    damage(broken)
-    page = page_of(tmp_path, [plan], results_of(plan))
-    assert f"pictures/{broken.name} is left out: {message}" in page.text
-    assert len(page.values("img", "src")) == 2 * 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"maps": np.zeros((4, 40, 39), np.float16)}, "do not belong together"),
-        ({"images": np.zeros((4, 40, 40), np.uint8)}, "do not belong together"),
-        ({"range": np.zeros(3, np.float32)}, "names or its range"),
-        (
-            {"images": np.zeros((3, 9, 9, 3), np.uint8), "masks": np.ones((3, 9, 9)), "maps": np.ones((3, 9, 9))},
-            "names or its range",
-        ),
-        ({"maps": np.full((4, 40, 40), np.nan, np.float16)}, "NaN"),
-        ({"images": np.zeros((4, 40, 40, 3), np.float32)}, "uint8"),
-    ],
-)
-def test_maps_that_make_no_sense_are_told(tmp_path, changes, message):
-    keep_maps(tmp_path, cell("carpet"), **changes)
-    examples, (problem,) = load_examples(tmp_path, [table()])
-    assert examples == []
-    assert message in problem
-    assert "carpet" in problem
 
 
 def test_tables_are_written_before_a_missing_package_is_noticed(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from fastbgad.experiments.plan.cells import METRICS
 from fastbgad.experiments.plan.plan import RowPlan
 from fastbgad.experiments.plan.published import TABLES
 from fastbgad.experiments.plan.published import published as all_published
-from fastbgad.experiments.results.summary import Estimate, SweepSummary, TableRow, TableSummary, measure, summarise
+from fastbgad.experiments.results.summary import Estimate, SweepSummary, TableRow, TableSummary, measure, summarize
 from tests.made_up_results import cell, published, result, sweep, table
 
 # Per seed the mean over two categories: 0.85 and 0.95. Their mean is 0.9, their sample deviation 0.1 / sqrt 2.
@@ -69,15 +69,15 @@ def test_methods_measured_once_have_no_best():
 
 def test_differences_are_ours_minus_published():
     numbers = [published("mean", "NFAD", "image_auroc", 0.93, 0.01), published("mean", "NFAD", "aupro", 0.7)]
-    row = row_of(summarise(table(methods=["nfad"]), RESULTS, numbers), "mean", "NFAD", "image_auroc")
+    row = row_of(summarize(table(methods=["nfad"]), RESULTS, numbers), "mean", "NFAD", "image_auroc")
     assert (row.published, row.published_std) == (0.93, 0.01)
     assert row.difference("last") == pytest.approx(-0.03)
     assert row.difference("best") == pytest.approx(0.01)
-    summary = summarise(table(methods=["nfad"]), RESULTS, numbers)
+    summary = summarize(table(methods=["nfad"]), RESULTS, numbers)
     assert row_of(summary, "mean", "NFAD", "aupro").difference("last") == pytest.approx(0.1)
     assert row_of(summary, "mean", "NFAD", "pixel_auroc").difference("last") is None  # nothing published
     assert summary.metrics == ("image_auroc", "aupro")
-    empty = summarise(table(methods=["nfad"]), {}, numbers)
+    empty = summarize(table(methods=["nfad"]), {}, numbers)
     assert row_of(empty, "mean", "NFAD", "image_auroc").difference("last") is None  # nothing measured
 
 
@@ -85,9 +85,9 @@ def test_a_mean_over_fewer_categories_is_not_compared():
     plan = table(methods=["nfad"])
     rows = tuple(RowPlan(r.setting, r.row, r.method, r.cells, comparable=r.row != "mean") for r in plan.rows)
     numbers = [published(name, "NFAD", "image_auroc", 0.5) for name in ("carpet", "mean")]
-    summary = summarise(table(methods=["nfad"]), RESULTS, numbers)
+    summary = summarize(table(methods=["nfad"]), RESULTS, numbers)
     assert row_of(summary, "mean", "NFAD", "image_auroc").difference("last") == pytest.approx(0.4)
-    partial = summarise(type(plan)(plan.name, plan.title, plan.note, plan.dataset, rows), RESULTS, numbers)
+    partial = summarize(type(plan)(plan.name, plan.title, plan.note, plan.dataset, rows), RESULTS, numbers)
     row = row_of(partial, "mean", "NFAD", "image_auroc")
     assert row.measured is not None
     assert row.measured.last.mean == pytest.approx(0.9)
@@ -102,7 +102,7 @@ def test_published_only_methods_keep_their_place():
         published("wood", "DRA", "image_auroc", 0.6),
         published("carpet", "DRA", "image_auroc", 0.1, table="another"),
     ]
-    summary = summarise(table(methods=["cflow_ad", "bgad"]), {}, numbers)
+    summary = summarize(table(methods=["cflow_ad", "bgad"]), {}, numbers)
     assert summary.methods == ("DRA", "BGAD", "CFLOW-AD")
     row = row_of(summary, "carpet", "DRA", "image_auroc")
     assert (row.published, row.measured) == (0.6, None)
@@ -112,7 +112,7 @@ def test_published_only_methods_keep_their_place():
 
 
 def test_a_table_without_published_numbers_has_all_metrics():
-    summary = summarise(table(), {})
+    summary = summarize(table(), {})
     assert summary.metrics == tuple(METRICS)
     assert all(row.published is None for row in summary.rows)
 
@@ -123,7 +123,7 @@ def test_sweeps_have_a_row_per_point_and_metric():
     there = {
         one: result(one, value, 0.97) for one, value in zip(first.cells + second.cells, (0.8, 0.9, 0.5), strict=False)
     }
-    summary = summarise(plan, there)
+    summary = summarize(plan, there)
     assert isinstance(summary, SweepSummary)
     assert [(row.value, row.metric) for row in summary.rows] == [(v, m) for v in (0.01, 0.1) for m in METRICS]
     assert summary.rows[0].measured.last == Estimate(pytest.approx(0.85), pytest.approx(0.1 / 2**0.5), 2)
@@ -137,8 +137,8 @@ def test_the_shipped_tables_find_all_their_published_numbers(name):
     from fastbgad.experiments.plan.protocol import make_plan
 
     numbers = all_published(name)
-    summary = summarise(make_plan(name, seeds=[0]), {}, numbers)
+    summary = summarize(make_plan(name, seeds=[0]), {}, numbers)
     assert summary.left_out == ()
     assert {(r.setting, r.row, r.method, r.metric) for r in summary.rows if r.published is not None} == {
-        number.place for number in numbers
+        number.key for number in numbers
     }

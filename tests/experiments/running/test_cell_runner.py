@@ -97,7 +97,7 @@ def test_features_are_extracted_once_for_all_trainings(runner: CellRunner, monke
     extract = ImageFeatures.extract
 
     def noted(self: ImageFeatures, samples: Sequence[Any]) -> None:
-        files.extend(s for s in dict.fromkeys(samples) if s not in self._there)
+        files.extend(s for s in dict.fromkeys(samples) if s not in self._stored)
         extract(self, samples)
 
     monkeypatch.setattr(ImageFeatures, "extract", noted)

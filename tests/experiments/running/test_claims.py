@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
 from fastbgad.errors import OutputError
-from fastbgad.experiments.running.claims import Claims, create_new, machine_identity, process_age, process_start
+from fastbgad.experiments.running.claims import Claims, machine_identity, process_age, process_start
 
 FORK = multiprocessing.get_context("fork")
 
@@ -171,26 +170,6 @@ def test_a_lost_file_does_not_end_the_job(tmp_path: Path) -> None:
     (tmp_path / "a.1").unlink()
     time.sleep(0.05)
     claim.release(done=True)
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_one_of_many_creates_a_file(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not links:
-        monkeypatch.setattr("os.link", no_links)
-    path, made = tmp_path / "file", []
-    threads = [Thread(target=lambda n=n: made.append((create_new(path, b"%d" % n), n))) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [n for won, n in made if won]
-    assert len(winners) == 1
-    assert path.read_bytes() == b"%d" % winners[0]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-
-
-def no_links(*_: object) -> None:
-    raise OSError(95, "Operation not supported")
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

@@ -13,20 +13,19 @@ import pytest
 import torch
 
 from fastbgad.data import Category
-from fastbgad.errors import BackboneError, DataError, FeatureError
+from fastbgad.errors import BackboneError, DataError, FeatureError, InterruptedTraining
 from fastbgad.experiments.plan.cells import Cell, CellResult
 from fastbgad.experiments.plan.setup import Setup
 from fastbgad.experiments.running.claims import Claim
 from fastbgad.experiments.running.ledger import Ledger
-from fastbgad.experiments.running.worker import Outcome, jobs_of, work
+from fastbgad.experiments.running.worker import Outcome, trainings_of, work
 from fastbgad.progress import Progress
-from fastbgad.system.ranks import Place
-from fastbgad.train.fit import InterruptedTraining
+from fastbgad.system.ranks import Rank
 from tests.cells import FakeRunner, empty_category, result_of, some_cells
 
 FORK = multiprocessing.get_context("fork")
 CELLS = some_cells()
-OTHER_RANK = Place(1, 2, 1, 2)
+OTHER_RANK = Rank(1, 2, 1, 2)
 
 
 @pytest.fixture
@@ -72,14 +71,14 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def test_jobs_are_trainings() -> None:
-    jobs = jobs_of([*CELLS, CELLS[0]])
+def test_cells_are_grouped_by_training() -> None:
+    trainings = trainings_of([*CELLS, CELLS[0]])
     # NFAD learns from no anomalies: the two draws share its training, and BGAD's do not.
-    assert len(jobs) == 2 * 2 * 3
-    assert [len(job.cells) for job in jobs[:3]] == [2, 1, 1]
-    assert tuple(cell for job in jobs for cell in job.cells) == CELLS
-    assert jobs[0].place == ("mvtec", "carpet")
-    assert "carpet · NFAD, seed 0" in jobs[0].title
+    assert len(trainings) == 2 * 2 * 3
+    assert [len(training.cells) for training in trainings[:3]] == [2, 1, 1]
+    assert tuple(cell for training in trainings for cell in training.cells) == CELLS
+    assert trainings[0].category == ("mvtec", "carpet")
+    assert "carpet · NFAD, seed 0" in trainings[0].title
 
 
 def test_missing_cells_are_run_category_by_category(ledger: Ledger) -> None:
@@ -88,7 +87,7 @@ def test_missing_cells_are_run_category_by_category(ledger: Ledger) -> None:
         ledger.write(result_of(cell, 0.9))
     fakes, heard = Fakes(), []
     outcome = run(ledger, fakes, on_cells=lambda done, text: heard.append((done, text)))
-    assert outcome == Outcome(ran=len(CELLS) - 2)
+    assert outcome == Outcome()
     assert fakes.opened == ["carpet", "screw"]
     assert [runner.name for runner in fakes.runners] == ["carpet", "screw"]
     assert all(runner.closed for runner in fakes.runners)
@@ -145,7 +144,7 @@ def test_a_failed_training_is_recorded_and_the_rest_goes_on(ledger: Ledger, erro
     assert ledger.claimed() == set()
     # A later command tries again, and forgets the failure when it succeeds.
     again = Fakes()
-    assert run(ledger, again) == Outcome(ran=2)
+    assert run(ledger, again) == Outcome()
     assert again.asked == [CELLS[:2]]
     assert ledger.failures([CELLS[0].training_key]) == {}
 
@@ -154,14 +153,14 @@ def test_other_processes_of_a_launch_do_not_retry(ledger: Ledger, monkeypatch: p
     monkeypatch.setattr("fastbgad.experiments.running.claims.process_age", lambda pid: 5.0)
     ledger.fail(CELLS[0].training_key, "diverged")
     fakes = Fakes()
-    outcome = run(ledger, fakes, place=OTHER_RANK)
+    outcome = run(ledger, fakes, rank=OTHER_RANK)
     assert CELLS[:2] not in fakes.asked
     assert outcome.failed == {CELLS[0].training_key: "diverged"}
     assert ledger.missing(CELLS) == CELLS[:2]
 
 
 def test_a_failure_of_the_last_moment_is_not_retried(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process of the launch fails at the job after this one has looked, and before it has the claim."""
+    """Another process of the launch fails at the training after this one has looked, and before it has the claim."""
     take = ledger.claim
 
     def claim(key: str) -> Claim | None:
@@ -172,7 +171,7 @@ def test_a_failure_of_the_last_moment_is_not_retried(ledger: Ledger, monkeypatch
     monkeypatch.setattr("fastbgad.experiments.running.claims.process_age", lambda pid: 5.0)
     monkeypatch.setattr(ledger, "claim", claim)
     fakes = Fakes()
-    assert run(ledger, fakes, place=OTHER_RANK).failed == {CELLS[0].training_key: "diverged"}
+    assert run(ledger, fakes, rank=OTHER_RANK).failed == {CELLS[0].training_key: "diverged"}
     assert CELLS[:2] not in fakes.asked
 
 
@@ -187,7 +186,7 @@ def test_a_bug_is_not_hidden(ledger: Ledger) -> None:
 def test_a_runner_that_gives_too_little_is_a_failure(ledger: Ledger) -> None:
     outcome = run(ledger, Fakes(lambda cells: [result_of(cells[0])]))
     assert {key: "no result came of" in text for key, text in outcome.failed.items()} == {
-        job.key: True for job in jobs_of(CELLS) if len(job.cells) == 2
+        training.key: True for training in trainings_of(CELLS) if len(training.cells) == 2
     }
     assert len(ledger.results(CELLS)) == 12
 
@@ -257,7 +256,7 @@ def test_a_damaged_result_is_run_again(ledger: Ledger) -> None:
     (ledger.cells / f"{CELLS[4].key}.json").write_text("{")
     fakes = Fakes()
     with pytest.warns(UserWarning, match="damaged"):
-        assert run(ledger, fakes).ran == 1
+        run(ledger, fakes)
     assert fakes.asked == [(CELLS[4],)]
     assert len(ledger.results(CELLS)) == len(CELLS)
 
@@ -265,7 +264,7 @@ def test_a_damaged_result_is_run_again(ledger: Ledger) -> None:
 def test_processes_begin_at_different_categories(ledger: Ledger) -> None:
     cells = some_cells(("carpet", "grid", "screw", "tile"), seeds=1)
     fakes = Fakes()
-    run(ledger, fakes, cells, place=OTHER_RANK)
+    run(ledger, fakes, cells, rank=OTHER_RANK)
     assert fakes.opened == ["screw", "tile", "carpet", "grid"]
 
 
@@ -314,7 +313,7 @@ def test_the_work_of_a_killed_process_is_taken_over(ledger: Ledger) -> None:
             time.sleep(60)
         return list(map(result_of, cells))
 
-    victim = process(lambda: run(ledger, Fakes(stuck), place=OTHER_RANK, cells=CELLS[:8]))
+    victim = process(lambda: run(ledger, Fakes(stuck), rank=OTHER_RANK, cells=CELLS[:8]))
     wait_for(lambda: CELLS[2].training_key in ledger.claimed())
     fakes, deadline = Fakes(), time.monotonic() + 30
 
@@ -341,7 +340,7 @@ def test_processes_share_the_work_without_doing_any_twice(ledger: Ledger, tmp_pa
             time.sleep(0.005)
             return list(map(result_of, asked))
 
-        run(ledger, Fakes(note), cells, place=Place(rank, 3, rank, 3))
+        run(ledger, Fakes(note), cells, rank=Rank(rank, 3, rank, 3))
 
     workers = [process(lambda rank=rank: worker(rank)) for rank in range(3)]
     for each in workers:

@@ -11,6 +11,7 @@ from fastbgad.kernels.flow.weights import FlowWeights
 from fastbgad.ops import Geometry, MatmulPrecision, PositionalRows, pack_flow
 from fastbgad.ops.flow.kernel_weights import fake_pack, flow_pack, plain_pack, stacked_codes
 from tests.flows import lively_flow, whole_error
+from tests.grids import grid, slow
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -27,13 +28,16 @@ def arguments(spec: FlowSpec, kind: str, precision: MatmulPrecision, device: tor
 
 
 @pytest.mark.equivalence
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("kind", ["none", "positions", "dense"])
-@pytest.mark.parametrize(("channels", "condition"), [(8, 128), (41, 128), (64, 20), (200, 128)])
-def test_equalsplain_packing(
-    precision: MatmulPrecision, kind: str, channels: int, condition: int, device: torch.device
+@grid(
+    precision=["float32", "float16"],
+    kind=["none", "positions", "dense"],
+    shape=[(8, 128), (41, 128), (64, 20), (200, 128)],
+)
+def test_equals_plain_packing(
+    precision: MatmulPrecision, kind: str, shape: tuple[int, int], device: torch.device
 ) -> None:
     """To the last bits of float32 and, rounded from there, at most one step of float16 apart."""
+    channels, condition = shape
     spec = FlowSpec(channels, 0 if kind == "none" else condition, 2)
     call = arguments(spec, kind, precision, device)
     packed, plain = FlowWeights(*flow_pack(*call)), FlowWeights(*plain_pack(*call))
@@ -58,12 +62,16 @@ def test_global_affine(affine: str, device: torch.device) -> None:
     assert torch.allclose(packed.log_g, plain.log_g, rtol=2e-6)
 
 
-def test_registration(device: torch.device) -> None:
-    for kind in ("none", "positions", "dense"):
-        call = arguments(FlowSpec(9, 0 if kind == "none" else 128, 2), kind, "float16", device)
-        torch.library.opcheck(flow_pack, call)
-        for real, fake in zip(flow_pack(*call), fake_pack(*call), strict=True):
-            assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+@pytest.mark.parametrize("kind", ["none", "positions", "dense"])
+def test_the_fake_has_the_shapes_of_the_kernel(kind: str, device: torch.device) -> None:
+    call = arguments(FlowSpec(9, 0 if kind == "none" else 128, 2), kind, "float16", device)
+    for real, fake in zip(flow_pack(*call), fake_pack(*call), strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+@pytest.mark.parametrize("kind", [slow("none"), "positions", slow("dense")])
+def test_registration(kind: str, device: torch.device) -> None:
+    torch.library.opcheck(flow_pack, arguments(FlowSpec(9, 0 if kind == "none" else 16, 1), kind, "float16", device))
 
 
 def test_weights_of_other_types_are_packed_plainly(device: torch.device) -> None:

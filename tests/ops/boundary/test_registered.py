@@ -15,6 +15,7 @@ from fastbgad.errors import BackendError
 from fastbgad.kernels.boundary import SMALL_LIMIT, TILE, boundary_finish, boundary_histograms
 from fastbgad.ops import boundary
 from fastbgad.ops.boundary.registered import boundary_op
+from tests.grids import grid
 
 
 def values(kind: str, rows: int) -> Tensor:
@@ -40,9 +41,11 @@ def require_equal(got: tuple[Tensor, ...], lp: Tensor, anomalous: Tensor, *optio
 
 
 @pytest.mark.equivalence
-@pytest.mark.parametrize("rows", [0, 1, 2, 63, 1023, 1025, 4096, SMALL_LIMIT + 1, 2 * TILE + 77])
-@pytest.mark.parametrize("kind", ["random", "ties", "special"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@grid(
+    rows=[0, 1, 2, 63, 1023, 1025, 4096, SMALL_LIMIT + 1, 2 * TILE + 77],
+    kind=["random", "ties", "special"],
+    share=[0.0, 0.3, 1.0],
+)
 @pytest.mark.usefixtures("poisoned")
 def test_equals_oracle(rows: int, kind: str, share: float, device: torch.device) -> None:
     lp = values(kind, rows)

@@ -73,7 +73,7 @@ def test_places_whose_products_pass_32_bits(device: torch.device) -> None:
     from fastbgad.kernels.score_map import score_map as launch
 
     lp = torch.randn(1, 1, 60_001, device=device)
-    wide_tiles = {"BH": 1, "BW": 8192, "num_warps": 8}
+    wide_tiles = {"TH": 1, "TW": 8192, "num_warps": 8}
     zero = torch.zeros(1, device=device)
     for width in (60_001, 120_001):
         anomaly_map, _ = launch([lp], (1, width), zero, zero, wide_tiles)

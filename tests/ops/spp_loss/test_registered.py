@@ -15,14 +15,13 @@ from fastbgad.errors import BackendError
 from fastbgad.ops import contrastive_loss, spp_loss
 from fastbgad.ops.spp_loss.registered import spp_loss_backward_op, spp_loss_op
 from fastbgad.reference import SppLoss
+from tests.grids import grid
 
 pytest.importorskip("triton")
 
 OPTIONS = {"beta": 0.05, "tau": 0.3, "lam": 0.7, "normalizer": 5.0}
-CHOICES = [
-    dict(zip(("ml_form", "reduction", "focal", "push"), choice, strict=True))
-    for choice in itertools.product(["logsigmoid", "nll"], ["mean", "sum"], [False, True], [True, False])
-]
+AXES = {"ml_form": ["logsigmoid", "nll"], "reduction": ["mean", "sum"], "focal": [False, True], "push": [True, False]}
+CHOICES = [dict(zip(AXES, choice, strict=True)) for choice in itertools.product(*AXES.values())]
 TERMS = ("total", "ml", "normal", "anomalous")
 COUNTS = ("normal_violations", "anomalous_violations")
 MANY = 4096 + 1027  # more than one program takes
@@ -79,10 +78,10 @@ def require_close(value: Tensor, truth: Tensor, rows: int, name: str) -> None:
 
 
 @pytest.mark.equivalence
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(map(str, choice.values())))
+@grid(case=CASES, **AXES)
 @pytest.mark.usefixtures("poisoned")
-def test_equals_oracle(case: str, choice: dict, device: torch.device) -> None:
+def test_equals_oracle(case: str, ml_form: str, reduction: str, focal: bool, push: bool, device: torch.device) -> None:
+    choice = {"ml_form": ml_form, "reduction": reduction, "focal": focal, "push": push}
     lp, anomalous = CASES[case]()
     fast_lp = lp.to(device).requires_grad_()
     fast = spp_loss(fast_lp, anomalous.to(device), 40, impl="triton", **OPTIONS, **choice)
@@ -117,10 +116,7 @@ def test_every_term_has_a_gradient(rows: int, beta: float, device: torch.device)
         require_close(got, expected, rows, str(factors))
 
 
-@pytest.mark.parametrize("rows", [63, MANY])
-@pytest.mark.parametrize("share", [0.0, 1.0])
-@pytest.mark.parametrize("beta", [0.05, 0.999])
-@pytest.mark.parametrize("focal", [False, True])
+@grid(rows=[63, MANY], share=[0.0, 1.0], beta=[0.05, 0.999], focal=[False, True])
 @pytest.mark.usefixtures("poisoned")
 def test_infinite_and_nan_rows(rows: int, share: float, beta: float, focal: bool, device: torch.device) -> None:
     """They do in their terms what they do in the portable path, and nothing outside them."""

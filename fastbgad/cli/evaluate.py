@@ -1,0 +1,94 @@
+"""`fastbgad evaluate`: measure a trained model on test images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data import open_category
+from ..evaluate import CalibrationName, Evaluation, false_alarms, run_report
+from ..evaluate.metrics import official_pro
+from ..evaluate.report import write_report
+from ..model.detector import BGAD
+from ..render import console
+from ..system.environment import choose_device, versions
+from ..system.files import make_folder
+from .options import Check, Layout
+from .results import REPORT_FILE, evaluate_with_bar, method_of, print_decisions, print_metrics, write_metrics
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained model on a category's test images; anomalies it was trained on are left out.
+
+    fastbgad evaluate --model runs/screw/model.safetensors --data mvtec --category screw
+    """
+
+    model: Path
+    """A model.safetensors that train wrote."""
+    data: Path
+    """Folder of the dataset or of one category."""
+    category: str | None = None
+    """Name of the category; may be left out where there is only one."""
+    layout: Layout = "auto"
+    """How the folders are laid out."""
+    check: Check = "full"
+    """How thoroughly the dataset is checked first."""
+    calibration: CalibrationName = "training"
+    """training: constants of the model; official: maxima over this test set, as in the official code."""
+    pro_limit: float = 0.3
+    """Largest false-positive rate of the AUPRO integral."""
+    official_pro: bool = False
+    """Also compute PRO as the official code does: 1000 thresholds, rescaled, holes filled."""
+    out: Path | None = None
+    """Folder for metrics.json and report.html; without it the metrics are only printed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Threads that decode images."""
+
+    def run(self) -> int:
+        """Evaluate the model, print the metrics and, if asked to, write them; return the exit code."""
+        model = BGAD.load(self.model, device=choose_device(self.device))
+        category = open_category(self.data, self.category, self.layout, self.check)
+        known = set(model.history.get("known_anomalies", ()))
+        samples = [s for s in category.test if s.name not in known]
+        if len(samples) < len(category.test):
+            print(f"left out: {len(category.test) - len(samples)} test images that the model was trained on")
+        evaluation = evaluate_with_bar(
+            category.name,
+            model,
+            samples,
+            self.workers,
+            calibration=self.calibration,
+            pro_limit=self.pro_limit,
+        )
+        print_metrics([(category.name, method_of(model), evaluation)])
+        print_decisions(false_alarms(model, evaluation))
+        facts: dict[str, object] = {}
+        if self.official_pro:
+            pro = official_pro(evaluation.maps, evaluation.masks, self.pro_limit)
+            facts["official PRO"] = f"{pro:.4f}"
+        if not model.calibrated:
+            facts["decisions"] = "none: the model has no calibration"
+        if facts:
+            console.print_facts(facts)
+        if self.out is not None:
+            write_results(make_folder(self.out), category.name, model, evaluation)
+        return 0
+
+
+def write_results(folder: Path, category: str, model: BGAD, evaluation: Evaluation) -> None:
+    """Write metrics.json and report.html."""
+    write_metrics(folder, model, evaluation)
+    report = run_report(
+        category,
+        method_of(model),
+        model,
+        evaluation,
+        history=model.history.get("passes", []),
+        config={"architecture": model.architecture(), "training": model.history.get("config", {})},
+        versions=versions(),
+    )
+    write_report(folder / REPORT_FILE, [report], f"{category}: {method_of(model)}")
+    print(f"report: {folder / REPORT_FILE}")
