@@ -1,16 +1,16 @@
 """Shape (`FlowSpec`) and tensors (`CouplingWeights`) of a conditional normalizing flow.
 
-The reference, the backends and the module share these two, so that all of them take the same weights.
+The reference, the fast paths and the module share these two, so that all can be given the very same weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, check_choice
 
 ClampForm = Literal["tanh", "scaled_tanh"]
 GlobalAffine = Literal["SOFTPLUS", "SIGMOID", "EXP"]
@@ -18,7 +18,7 @@ GlobalAffine = Literal["SOFTPLUS", "SIGMOID", "EXP"]
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """The shape of a flow: everything about it that is not a tensor.
+    """Shape of a flow: everything about it that is not a tensor.
 
     Attributes:
         channels: C, the number of channels of a patch feature, at least 2.
@@ -48,12 +48,8 @@ class FlowSpec:
             raise ConfigError(f"coupling_layers is {self.coupling_layers}; a flow needs at least one")
         if not self.clamp > 0:
             raise ConfigError(f"clamp is {self.clamp}; it must be positive")
-        if self.clamp_form not in get_args(ClampForm):
-            raise ConfigError(f"clamp_form is {self.clamp_form!r}; choose one of {', '.join(get_args(ClampForm))}")
-        if self.global_affine not in get_args(GlobalAffine):
-            raise ConfigError(
-                f"global_affine is {self.global_affine!r}; choose one of {', '.join(get_args(GlobalAffine))}"
-            )
+        check_choice("clamp_form", self.clamp_form, ClampForm)
+        check_choice("global_affine", self.global_affine, GlobalAffine)
 
     @property
     def passive_channels(self) -> int:
@@ -72,7 +68,7 @@ class FlowSpec:
 
 
 class CouplingWeights(NamedTuple):
-    """The tensors of one coupling layer, in FrEIA's orientation."""
+    """Tensors of one coupling layer, in FrEIA's orientation."""
 
     w1: Tensor  # [H, C1 + P], first linear layer of the subnet; its last P columns see the condition
     b1: Tensor  # [H]

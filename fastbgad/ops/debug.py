@@ -1,4 +1,4 @@
-"""Checks of values, which wait for the device: off unless asked for."""
+"""Optional value checks. They synchronize with the device, so they are off by default."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _depth = 0  # of nested `debug_checks`
 
 @contextmanager
 def debug_checks() -> Iterator[None]:
-    """Inside, the flow checks the values it is given, and not only their shapes.
+    """Make the flow check values of its arguments, and not only their shapes, inside a `with` block.
 
-    Features must be finite, indices in range and W_perm orthogonal; the first that is not raises `FeatureError`, which
-    says where. Without it such values give NaN in the rows they belong to (a W_perm that is not orthogonal: wrong
-    log-likelihoods). Every check waits for the device: use it to find a mistake, not in production. It holds for the
-    whole process; a compiled model keeps what it was traced with.
+    Features must be finite, indices in range and W_perm orthogonal; the first violation raises `FeatureError`, which
+    says where. Without these checks such values give NaN in their own rows (a W_perm that is not orthogonal: wrong
+    log-likelihoods). Every check synchronizes with the device: use it to find a mistake, not in production. It applies
+    to the whole process; a compiled model keeps the setting that it was traced with.
     """
     global _depth
     _depth += 1
@@ -33,7 +33,7 @@ def debug_checks() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Return True while checks of values are on."""
+    """Return whether checks of values are on."""
     return _depth > 0
 
 
@@ -43,7 +43,7 @@ def check_values(
     condition: PositionalRows | Tensor | None,
     rows: Tensor | None,
 ) -> None:
-    """Raises `FeatureError` for features, a condition, indices or rotations that cannot be used."""
+    """Raise `FeatureError` for features, a condition, indices or rotations that cannot be used."""
     _require_finite("features", x)
     if isinstance(condition, Tensor):
         _require_finite("the condition", condition)

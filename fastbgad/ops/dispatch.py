@@ -1,9 +1,9 @@
-"""The choice of a backend family by `impl`, and checks that all dispatchers share.
+"""Choice of an operation's implementation, and checks that all dispatchers share.
 
 `impl` is "auto", "torch" (the portable fast path), "native" (the same with the flow in compiled C++, on a CPU),
-"triton" (the kernels, on a GPU) or "reference" (plain PyTorch, equation by equation). An explicit choice never falls
-back silently: it runs or it raises `BackendError`. "auto" takes the kernels for CUDA tensors they support, compiled C++
-for the flows it serves where there is a compiler, and the portable path everywhere else.
+"triton" (the kernels, on a GPU) or "reference" (slow and obvious). An explicit choice never falls back silently: it
+runs or it raises `BackendError`. "auto" takes the kernels for CUDA tensors they support, compiled C++ for the flows it
+serves if there is a compiler, and the portable path everywhere else.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ Impl = Literal["auto", "torch", "native", "triton", "reference"]
 # the subnets' products of a training step.
 MatmulPrecision = Literal["auto", "float16", "float32", "bfloat16"]
 Precision = MatmulPrecision  # its former name
+OperandPrecision = Literal["float16", "float32", "bfloat16"]  # without "auto"
 
-# Why no kernel can run here, None if Triton is there in a version they can use. Found out once, when this module is
-# imported: to torch.compile it is a constant.
+# Why no kernel can run here, None if Triton is installed in a version they can use. Determined once, when this module
+# is imported: to torch.compile it is a constant.
 TRITON_OBSTACLE = why_not_this_triton(triton_version())
 
 # The kernels' matrix products need the 16-bit tensor cores of Ampere and later.
@@ -34,9 +35,9 @@ SMALLEST_CAPABILITY = (8, 0)
 
 
 def resolve_impl(impl: Impl, like: Tensor) -> Literal["torch", "triton", "reference"]:
-    """The implementation that will run on tensors of `like`'s device and type.
+    """Return the implementation that will run on tensors of `like`'s device and type.
 
-    "native" is the flow's: every other operation takes "torch" for it. See `ops.flow.portable_or_native`.
+    "native" concerns the flow only: every other operation takes "torch" for it. See `ops.flow.choice`.
 
     Raises:
         ConfigError: an unknown name.
@@ -62,7 +63,7 @@ def check_matmul_precision(matmul_precision: str) -> None:
     check_choice("matmul_precision", matmul_precision, MatmulPrecision)
 
 
-def resolve_matmul_precision(matmul_precision: MatmulPrecision) -> Literal["float16", "float32", "bfloat16"]:
+def resolve_matmul_precision(matmul_precision: MatmulPrecision) -> OperandPrecision:
     """Return the type of the kernels' operands; files store it in place of "auto"."""
     return "float16" if matmul_precision == "auto" else matmul_precision
 
@@ -93,30 +94,30 @@ def why_not_triton(like: Tensor) -> str | None:
 
 
 def interpreting() -> bool:
-    """Return True if Triton's interpreter runs kernels on CPU tensors: TRITON_INTERPRET=1, for tests of the kernels.
+    """Return whether Triton's interpreter runs kernels on CPU tensors: TRITON_INTERPRET=1, for tests of the kernels.
 
-    It is read from the environment, as Triton does: torch.compile cannot trace Triton's own switch.
+    Read from the environment, as Triton does: torch.compile cannot trace Triton's own switch.
     """
     asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
     return asked and TRITON_OBSTACLE is None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type the arithmetic runs in: float64 for float64 input, float32 for anything narrower."""
+    """Return the type of the arithmetic: float64 for float64 input, float32 for anything narrower."""
     if not x.is_floating_point():
         raise FeatureError(f"features must be floating point, not {x.dtype}")
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_mask(lp: Tensor, anomalous: Tensor) -> None:
-    """Raises `FeatureError` unless `anomalous` is a bool tensor of lp's one-dimensional shape, on lp's device."""
+    """Raise `FeatureError` unless `anomalous` is a bool tensor of lp's one-dimensional shape, on lp's device."""
     check_mask_rows(lp, anomalous)
     if anomalous.dtype != torch.bool:
         raise FeatureError(f"the mask must be bool (True: anomalous), not {anomalous.dtype}")
 
 
 def check_mask_rows(lp: Tensor, mask: Tensor) -> None:
-    """Raises `FeatureError` unless a mask of any type has lp's one-dimensional shape and lies on lp's device."""
+    """Raise `FeatureError` unless a mask of any type has lp's one-dimensional shape and lies on lp's device."""
     if lp.dim() != 1 or mask.shape != lp.shape:
         raise FeatureError(f"log-likelihoods and mask must both be [N], not {tuple(lp.shape)} and {tuple(mask.shape)}")
     if mask.device != lp.device:

@@ -1,4 +1,4 @@
-"""Hard permutations of channels: a matrix W_perm of zeros and ones, or the index that FrEIA's main branch keeps."""
+"""Hard permutations of channels: a matrix W_perm of zeros and ones, or the index that FrEIA's main branch stores."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def permutation_matrix(index: Tensor, dtype: torch.dtype) -> Tensor:
-    """W [C, C] with (W v)[i] = v[index[i]], from an integer index [C]; FrEIA computes x[:, index]."""
+    """Return W [C, C] with (W v)[i] = v[index[i]], from an integer index [C]; FrEIA computes x[:, index]."""
     return torch.nn.functional.one_hot(index.detach().long(), len(index)).to(dtype)
 
 
 def is_permutation_matrix(w: Tensor) -> bool:
-    """Return True if a matrix [C, C] moves whole channels and does nothing else."""
+    """Return whether a matrix [C, C] moves whole channels and does nothing else."""
     ones = w == 1
     return bool((ones | (w == 0)).all() and (ones.sum(0) == 1).all() and (ones.sum(1) == 1).all())

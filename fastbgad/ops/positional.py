@@ -1,4 +1,4 @@
-"""The positional condition as an object, so that the flow can use its structure instead of its 128 columns."""
+"""Positional condition as an object, so that the flow can use its structure instead of its 128 columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..kernels.device_cache import DeviceCache, capturing
 
 
 class PositionalRows:
-    """The positional condition of N rows of a [height, width] feature map, without its [N, channels] values.
+    """Positional condition of N rows of a [height, width] feature map, without its [N, channels] values.
 
     p(h, w) is a code of the column followed by a code of the row, so the first layer of a subnet sees
 
@@ -41,7 +41,7 @@ class PositionalRows:
         self.channels = channels
 
     def check_rows(self, rows: int) -> None:
-        """Raises `FeatureError` unless this object describes `rows` rows."""
+        """Raise `FeatureError` unless this object describes `rows` rows."""
         if self.index is not None:
             if len(self.index) != rows:
                 raise FeatureError(f"{rows} feature rows but {len(self.index)} positions")
@@ -52,18 +52,18 @@ class PositionalRows:
             )
 
     def positions(self, rows: int, device: torch.device) -> Tensor:
-        """The flattened position of every row, int64 [rows]."""
+        """Return the flattened position of every row, int64 [rows]."""
         if self.index is not None:
             return self.index.to(device)
         return torch.arange(rows, device=device) % (self.height * self.width)
 
     def codes(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The codes of all columns [width, channels / 2] and of all rows [height, channels / 2]."""
+        """Return the codes of all columns [width, channels / 2] and of all rows [height, channels / 2]."""
         half = self.channels // 2
         return axis_code(self.width, half, dtype, device), axis_code(self.height, half, dtype, device)
 
     def dense(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The condition as a tensor [rows, channels]."""
+        """Return the condition as a tensor [rows, channels]."""
         column_code, row_code = self.codes(dtype, device)
         position = self.positions(rows, device)
         return torch.cat([column_code[position % self.width], row_code[position // self.width]], dim=1)
@@ -73,9 +73,9 @@ _codes = DeviceCache[Tensor](64)
 
 
 def axis_code(length: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Interleaved sin(i f_k), cos(i f_k) with f_k = exp(-2 k ln(10^4) / channels): [length, channels].
+    """Return interleaved sin(i f_k), cos(i f_k) with f_k = exp(-2 k ln(10^4) / channels): [length, channels].
 
-    Computed in float64: in float32 the angle of a place 1000 patches away is off by 6e-5.
+    Computed in float64: in float32 the angle of a position 1000 patches away is off by 6e-5.
     """
     key = length, channels, dtype, device
     return cast(Tensor, _codes.get(key, device, lambda: _make_axis_code(*key)))

@@ -1,13 +1,13 @@
-"""The positional condition as a tensor that still knows where its values come from.
+"""Positional condition as a tensor that still knows where its values come from.
 
 A flow written for FrEIA takes its condition as a tensor [N, 128]. `positional_rows` makes one that is light, because it
-holds N places instead of N x 128 values, and that an accelerated flow recognises: it then adds two rows of small tables
-per patch instead of multiplying 128 more columns. Everything else sees an ordinary tensor.
+holds N positions instead of N x 128 values, and that an accelerated flow recognizes: it then adds two rows of small
+tables per patch instead of multiplying 128 more columns. Everything else sees an ordinary tensor.
 
     where = fastbgad.positional_rows(height, width, index)
     z, log_det = decoder(patches, [where])
 
-Selecting, reordering and moving between devices keep that knowledge, so the usual code around it may stay:
+Selecting, reordering and moving between devices keep that knowledge, so code around it need not change:
 
     encoding = positional_map(128, height, width).to(device).unsqueeze(0).repeat(batch, 1, 1, 1)
     rows = encoding.permute(0, 2, 3, 1).reshape(-1, 128)
@@ -39,7 +39,7 @@ def positional_rows(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> PositionalEncoding:
-    """The positional condition of N patches of a [height, width] feature map, as a light tensor [N, channels].
+    """Return the positional condition of N patches of a [height, width] feature map, as a light tensor [N, channels].
 
     Args:
         height, width: size of the map.
@@ -50,7 +50,7 @@ def positional_rows(
         device: where index is None; the default device if not given.
 
     Raises:
-        FeatureError: a size or type that cannot be; a position outside the map (on the CPU, where looking is free).
+        FeatureError: an impossible size or type; a position outside the map (checked on the CPU, where that is free).
 
     Source: the official BGAD and CFLOW-AD; the equations stand in `fastbgad.reference.positional_encoding`.
     """
@@ -67,94 +67,95 @@ def positional_rows(
 
 
 def positional_map(channels: int, height: int, width: int, *, dtype: torch.dtype = torch.float32) -> PositionalEncoding:
-    """The positional condition of a whole map, [channels, height, width], on the CPU; else as `positional_rows`."""
+    """Return the positional condition of a whole map, [channels, height, width], on the CPU, as `positional_rows`."""
     PositionalRows(height, width, None, channels)
-    places = torch.arange(height * width).view(height, width)
-    return PositionalEncoding(places, (height, width, channels), 0, dtype, raster=True)
+    positions = torch.arange(height * width).view(height, width)
+    return PositionalEncoding(positions, (height, width, channels), 0, dtype, raster=True)
 
 
 def positions_of(condition: Tensor) -> PositionalRows | None:
-    """Return the positions of an [N, P] condition that knows them, or None for an ordinary tensor."""
+    """Return the positions that an [N, P] condition stands for, or None for an ordinary tensor."""
     if not isinstance(condition, PositionalEncoding):
         return None
-    places = condition.places()
-    if places is None or places.dim() != 1 or condition._channel_dim != 1:
+    positions = condition.positions()
+    if positions is None or positions.dim() != 1 or condition._channel_dim != 1:
         return None
     height, width, channels = condition._map
-    whole = condition._raster and len(places) % (height * width) == 0
-    return PositionalRows(height, width, None if whole else places, channels)
+    whole = condition._raster and len(positions) % (height * width) == 0
+    return PositionalRows(height, width, None if whole else positions, channels)
 
 
 def separable(condition: Tensor) -> PositionalRows | Tensor:
-    """A condition as a flow takes it: what it says about places if it knows, else an ordinary tensor [N, P]."""
+    """Return a condition as a flow takes it: its positions if it knows them, else an ordinary tensor [N, P]."""
     if not isinstance(condition, PositionalEncoding):
         return condition
     return positions_of(condition) or condition.values()
 
 
 class PositionalEncoding(Tensor):
-    """A tensor of positional codes that holds places, and computes its values when something asks for them.
+    """Tensor of positional codes that holds positions, and computes its values when an operation needs them.
 
-    Its places have its own shape without the channel dimension. The operations in `_STRUCTURE` act on the places;
-    all others, and all writing, act on the values, and what they return is an ordinary tensor.
+    Its positions have its own shape without the channel dimension. The operations in `_STRUCTURE` act on the positions;
+    all others, and all writing, act on the values and return an ordinary tensor.
     """
 
-    _places: Tensor  # int64
+    _positions: Tensor  # int64
     _map: tuple[int, int, int]  # height, width, channels
     _channel_dim: int
-    _raster: bool  # the places, flattened, are whole maps in raster order
+    _raster: bool  # the positions, flattened, are whole maps in raster order
     _codes: Tensor | None  # once they were asked for
     _made_version: int  # PyTorch's count of changes of the values when they were made
 
     @staticmethod
     def __new__(
-        cls, places: Tensor, map_: tuple[int, int, int], channel_dim: int, dtype: torch.dtype, *, raster: bool
+        cls, positions: Tensor, map_: tuple[int, int, int], channel_dim: int, dtype: torch.dtype, *, raster: bool
     ) -> PositionalEncoding:
-        shape = (*places.shape[:channel_dim], map_[2], *places.shape[channel_dim:])
-        made: PositionalEncoding = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=places.device)
-        made._places, made._map, made._channel_dim, made._raster = places, map_, channel_dim, raster
+        shape = (*positions.shape[:channel_dim], map_[2], *positions.shape[channel_dim:])
+        made: PositionalEncoding = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=positions.device)
+        made._positions, made._map, made._channel_dim, made._raster = positions, map_, channel_dim, raster
         made._codes, made._made_version = None, 0
         return made
 
-    def places(self) -> Tensor | None:
-        """The flattened positions, int64, in this tensor's shape without the channels.
+    def positions(self) -> Tensor | None:
+        """Return the flattened positions, int64, in this tensor's shape without the channels.
 
-        None where only the values count any more: something wrote to them, or they want a gradient.
+        None if the values have become independent of them: something wrote to them, or they require a gradient.
         """
         if self._codes is None:
-            return self._places
+            return self._positions
         # A view of the values that something wrote to shares their count of changes.
         ordinary = self._codes._version != self._made_version or self._codes.requires_grad
-        return None if ordinary else self._places
+        return None if ordinary else self._positions
 
-    def _with(self, places: Tensor, channel_dim: int | None = None, raster: bool = False) -> PositionalEncoding:
+    def _with(self, positions: Tensor, channel_dim: int | None = None, raster: bool = False) -> PositionalEncoding:
         at = self._channel_dim if channel_dim is None else channel_dim
-        return PositionalEncoding(places, self._map, at, self.dtype, raster=raster)
+        return PositionalEncoding(positions, self._map, at, self.dtype, raster=raster)
 
     def values(self) -> Tensor:
-        """The same as an ordinary tensor."""
+        """Return the same as an ordinary tensor."""
         if self._codes is None:
             height, width, channels = self._map
-            rows = PositionalRows(height, width, self._places.reshape(-1), channels)
+            rows = PositionalRows(height, width, self._positions.reshape(-1), channels)
             with torch.inference_mode(False), torch.no_grad():
-                dense = rows.dense(self._places.numel(), self.dtype, self.device)
-            self._codes = dense.view(*self._places.shape, channels).movedim(-1, self._channel_dim)
+                dense = rows.dense(self._positions.numel(), self.dtype, self.device)
+            self._codes = dense.view(*self._positions.shape, channels).movedim(-1, self._channel_dim)
             self._made_version = self._codes._version
         return self._codes
 
     def __repr__(self) -> str:  # type: ignore[override]
-        if self.places() is None:
+        if self.positions() is None:
             return repr(self._codes)
         height, width, _ = self._map
         return f"PositionalEncoding({list(self.shape)}, map={height}x{width}, dtype={self.dtype}, device={self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.places() is None:
+        if self.positions() is None:
             return self.values().__reduce_ex__(protocol)
-        return _rebuild, (self._places, self._map, self._channel_dim, self.dtype, self._raster)
+        return _rebuild, (self._positions, self._map, self._channel_dim, self.dtype, self._raster)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copy = self.values().clone() if self.places() is None else self._with(self._places.clone(), raster=self._raster)
+        ordinary = self.positions() is None
+        copy = self.values().clone() if ordinary else self._with(self._positions.clone(), raster=self._raster)
         memo[id(self)] = copy
         return copy
 
@@ -163,7 +164,7 @@ class PositionalEncoding(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], cls) and args[0].places() is not None:
+        if args and isinstance(args[0], cls) and args[0].positions() is not None:
             if func in _METADATA:
                 return super().__torch_function__(func, types, args, kwargs)
             if func in _STRUCTURE:
@@ -183,16 +184,16 @@ class PositionalEncoding(Tensor):
 
 
 def _rebuild(
-    places: Tensor, map_: tuple[int, int, int], channel_dim: int, dtype: torch.dtype, raster: bool
+    positions: Tensor, map_: tuple[int, int, int], channel_dim: int, dtype: torch.dtype, raster: bool
 ) -> PositionalEncoding:
-    return PositionalEncoding(places, map_, channel_dim, dtype, raster=raster)
+    return PositionalEncoding(positions, map_, channel_dim, dtype, raster=raster)
 
 
 def _dense(value: Any) -> Any:
     return value.values() if isinstance(value, PositionalEncoding) else value
 
 
-# ------------------------------------------------- operations that places survive; None: they do not, use the values
+# Operations that keep the positions; they return None where the values must be used instead.
 
 
 def _to(x: PositionalEncoding, *args: Any, **kwargs: Any) -> PositionalEncoding | None:
@@ -200,8 +201,8 @@ def _to(x: PositionalEncoding, *args: Any, **kwargs: Any) -> PositionalEncoding 
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*map(_dense, args), **options)
     if dtype is not None and not dtype.is_floating_point:
         return None
-    places = x._places if device is None else x._places.to(device, non_blocking=non_blocking)
-    return PositionalEncoding(places, x._map, x._channel_dim, dtype or x.dtype, raster=x._raster)
+    positions = x._positions if device is None else x._positions.to(device, non_blocking=non_blocking)
+    return PositionalEncoding(positions, x._map, x._channel_dim, dtype or x.dtype, raster=x._raster)
 
 
 def _cuda(x: PositionalEncoding, device: Any = None, non_blocking: bool = False, **_: Any) -> PositionalEncoding | None:
@@ -217,13 +218,13 @@ def _same(x: PositionalEncoding, **_: Any) -> PositionalEncoding:
 
 
 def _clone(x: PositionalEncoding, **_: Any) -> PositionalEncoding:
-    return x._with(x._places, raster=x._raster)
+    return x._with(x._positions, raster=x._raster)
 
 
 def _unsqueeze(x: PositionalEncoding, dim: int) -> PositionalEncoding:
     dim = dim % (x.dim() + 1)
     before = dim <= x._channel_dim
-    return x._with(x._places.unsqueeze(dim if before else dim - 1), x._channel_dim + before, x._raster)
+    return x._with(x._positions.unsqueeze(dim if before else dim - 1), x._channel_dim + before, x._raster)
 
 
 def _repeat(x: PositionalEncoding, *sizes: Any) -> PositionalEncoding | None:
@@ -235,7 +236,7 @@ def _repeat(x: PositionalEncoding, *sizes: Any) -> PositionalEncoding | None:
     counts = [*counts[:at], *counts[at + 1 :]]
     # Repeating what leads a map repeats whole maps; of map dimensions there are at most two, the last ones.
     raster = x._raster and all(count == 1 for count in counts[-2:] if len(counts) > 1)
-    return x._with(x._places.repeat(*counts), at, raster)
+    return x._with(x._positions.repeat(*counts), at, raster)
 
 
 def _expand(x: PositionalEncoding, *sizes: Any) -> PositionalEncoding | None:
@@ -244,13 +245,13 @@ def _expand(x: PositionalEncoding, *sizes: Any) -> PositionalEncoding | None:
     if at < x._channel_dim or wanted[at] not in (-1, x._map[2]):
         return None
     wanted = [*wanted[:at], *wanted[at + 1 :]]
-    return x._with(x._places.expand(*wanted), at, x._raster and len(wanted) > 2)
+    return x._with(x._positions.expand(*wanted), at, x._raster and len(wanted) > 2)
 
 
 def _permute(x: PositionalEncoding, *dims: Any) -> PositionalEncoding:
     order = [dim % x.dim() for dim in _sizes(dims)]
     rest = [dim - (dim > x._channel_dim) for dim in order if dim != x._channel_dim]
-    return x._with(x._places.permute(rest), order.index(x._channel_dim), x._raster and rest == sorted(rest))
+    return x._with(x._positions.permute(rest), order.index(x._channel_dim), x._raster and rest == sorted(rest))
 
 
 def _transpose(x: PositionalEncoding, dim0: int, dim1: int) -> PositionalEncoding:
@@ -260,7 +261,7 @@ def _transpose(x: PositionalEncoding, dim0: int, dim1: int) -> PositionalEncodin
 
 
 def _reshape(x: PositionalEncoding, *sizes: Any) -> PositionalEncoding | None:
-    """Keeps the places if the channel dimension is neither split nor merged."""
+    """Keep the positions if the channel dimension is neither split nor merged."""
     wanted = _sizes(sizes)
     if wanted.count(-1) == 1:
         known = -math.prod(wanted)
@@ -272,8 +273,8 @@ def _reshape(x: PositionalEncoding, *sizes: Any) -> PositionalEncoding | None:
     before = math.prod(x.shape[: x._channel_dim])
     for at, size in enumerate(wanted):
         if size == x._map[2] and math.prod(wanted[:at]) == before:
-            places = x._places.reshape([*wanted[:at], *wanted[at + 1 :]])
-            return x._with(places, at, x._raster)
+            positions = x._positions.reshape([*wanted[:at], *wanted[at + 1 :]])
+            return x._with(positions, at, x._raster)
     return None
 
 
@@ -283,39 +284,45 @@ def _flatten(x: PositionalEncoding, start_dim: int = 0, end_dim: int = -1) -> Po
 
 
 def _getitem(x: PositionalEncoding, key: Any) -> PositionalEncoding | None:
-    """Rows by a slice, an integer tensor or a mask, where the channels come last."""
+    """Select rows by a slice, an integer tensor or a mask, where the channels come last."""
     if x._channel_dim == 0 or not isinstance(key, slice | Tensor | list):
         return None
     if isinstance(key, Tensor) and key.dim() > x._channel_dim:
         return None
-    places = x._places[key]
-    return x._with(places, x._channel_dim + places.dim() - x._places.dim())
+    positions = x._positions[key]
+    return x._with(positions, x._channel_dim + positions.dim() - x._positions.dim())
 
 
 def _index_select(x: PositionalEncoding, dim: int, index: Tensor) -> PositionalEncoding | None:
     dim = dim % x.dim()
     if dim == x._channel_dim:
         return None
-    return x._with(x._places.index_select(dim - (dim > x._channel_dim), index))
+    return x._with(x._positions.index_select(dim - (dim > x._channel_dim), index))
 
 
 def _sizes(sizes: Sequence[Any]) -> list[int]:
-    """The sizes of x.reshape(2, 3) and of x.reshape((2, 3)) alike."""
+    """Return the sizes of x.reshape(2, 3) and of x.reshape((2, 3)) alike."""
     first = sizes[0] if len(sizes) == 1 else None
     return list(first) if isinstance(first, Sequence) else list(sizes)
 
 
 # Attributes come and go with PyTorch's versions: `names` went with 2.13.
+_ATTRIBUTES = (
+    "shape dtype device layout ndim is_cuda requires_grad is_leaf grad_fn is_sparse is_quantized is_meta names"
+    " itemsize nbytes"
+)
+_METHODS = (
+    "dim size numel nelement ndimension is_floating_point is_complex element_size __len__ __hash__ get_device"
+    " is_inference"
+)
 _METADATA = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_leaf", "grad_fn",
-                 "is_sparse", "is_quantized", "is_meta", "names", "itemsize", "nbytes")
-    if hasattr(Tensor, name)
-} | {
-    Tensor.dim, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.is_floating_point,
-    Tensor.is_complex, Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.get_device, Tensor.is_inference,
-    torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference,
-}  # fmt: skip
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split() if hasattr(Tensor, name)),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+    torch.is_inference,
+}
 
 _STRUCTURE: Mapping[Callable[..., Any], Callable[..., PositionalEncoding | None]] = {
     Tensor.to: _to,

@@ -1,4 +1,4 @@
-"""Memory for what a training step keeps until its backward, used again by the steps after it.
+"""Memory for activations that a training step saves for its backward, reused by later steps.
 
 The C library hands blocks of tens of megabytes back to the operating system as soon as they are freed, and then each
 page of a new block is a page fault: in a 4096-row step of the flow at C = 40 they cost a quarter of the time.
@@ -21,24 +21,24 @@ _lock = threading.Lock()
 
 
 class Block:
-    """A flat tensor of at least `numel` elements whose memory is used again once this object is gone."""
+    """Flat tensor of at least `numel` elements whose memory is reused once this object is gone."""
 
     def __init__(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or like.dtype
         reused = like.device.type == "cpu" and type(like) is Tensor and not torch.compiler.is_compiling()
-        kept = _take(numel, dtype) if reused else None
-        with torch.inference_mode(False):  # what is used again must be writable outside of inference mode too
-            self.tensor: Tensor = like.new_empty(numel, dtype=dtype) if kept is None else kept
+        idle = _take(numel, dtype) if reused else None
+        with torch.inference_mode(False):  # reused memory must be writable outside of inference mode too
+            self.tensor: Tensor = like.new_empty(numel, dtype=dtype) if idle is None else idle
         if reused:
             weakref.finalize(self, _give_back, self.tensor).atexit = False
 
     def view(self, *shape: int) -> Tensor:
-        """Its first elements, in this shape; valid as long as this object is."""
+        """Return the first elements in a shape; valid as long as this object exists."""
         return self.tensor[: math.prod(shape)].view(shape)
 
 
 def _take(numel: int, dtype: torch.dtype) -> Tensor | None:
-    """The smallest idle block that holds `numel` elements and is not more than twice as large."""
+    """Return the smallest idle block that holds `numel` elements and is not more than twice as large."""
     with _lock:
         fitting = [t for t in _idle if t.dtype == dtype and numel <= t.numel() <= 2 * numel]
         if not fitting:
@@ -57,6 +57,6 @@ def _give_back(block: Tensor) -> None:
 
 
 def release() -> None:
-    """Frees all idle blocks; those in use are kept again once they are given back."""
+    """Free all idle blocks; those in use become idle once their objects are gone."""
     with _lock:
         _idle.clear()

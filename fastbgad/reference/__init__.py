@@ -1,4 +1,4 @@
-"""The reference: every operation in plain PyTorch, equation by equation, in any floating-point type, slow and obvious.
+"""Reference: every operation in plain PyTorch, equation by equation, in any floating-point type, slow and obvious.
 
 Nothing here is fast and nothing here may be made fast: the fast paths are tested against it in float64, and it is
 itself tested against FrEIA to 1e-12.

@@ -13,7 +13,7 @@ def boundary(
     tau: float,
     normalizer: float,
 ) -> tuple[Tensor, Tensor]:
-    """b_n and b_a, detached scalars in units of lp / normalizer.
+    """Return b_n and b_a, detached scalars in units of lp / normalizer.
 
         b_n = sorted(lp of normals)[int(n_normal * beta)] / normalizer,        b_a = b_n - tau
 

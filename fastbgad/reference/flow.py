@@ -15,7 +15,7 @@ from ..flow_spec import CouplingWeights, FlowSpec
 
 
 def global_affine_scale(global_scale: Tensor, kind: str) -> Tensor:
-    """g > 0 from its parameter, [C]: one of FrEIA's three activations."""
+    """Return g > 0 from its parameter, [C]: one of FrEIA's three activations."""
     if kind == "SOFTPLUS":  # g = 0.1 * softplus(global_scale, beta = 0.5) = 0.1 * 2 ln(1 + e^(global_scale / 2))
         return 0.1 * torch.nn.functional.softplus(global_scale, beta=0.5)
     if kind == "SIGMOID":  # g = 10 / (1 + e^(2 - global_scale))
@@ -28,7 +28,7 @@ def global_affine_scale(global_scale: Tensor, kind: str) -> Tensor:
 def log_scale_and_shift(
     x1: Tensor, weights: CouplingWeights, spec: FlowSpec, condition: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The subnet: s and a_t, each [N, C2], from the passive half x1 [N, C1] and the condition [N, P]."""
+    """Apply the subnet: return s and a_t, each [N, C2], from the passive half x1 [N, C1] and the condition [N, P]."""
     hidden_input = x1 if condition is None else torch.cat([x1, condition], dim=1)
     hidden = torch.relu(hidden_input @ weights.w1.T + weights.b1)
     a = 0.1 * (hidden @ weights.w2.T + weights.b2)  # a = 0.1 (W2 relu(W1 [x1; p] + b1) + b2)
@@ -46,7 +46,7 @@ def coupling_forward(
     spec: FlowSpec,
     condition: Tensor | None = None,  # [N, P]
 ) -> tuple[Tensor, Tensor]:
-    """One coupling layer: its output [N, C] and the log-determinant of its Jacobian [N]."""
+    """Apply one coupling layer; return its output [N, C] and the log-determinant of its Jacobian [N]."""
     x1, x2 = x[:, : spec.passive_channels], x[:, spec.passive_channels :]
     s, a_t = log_scale_and_shift(x1, weights, spec, condition)
     y = torch.cat([x1, x2 * torch.exp(s) + a_t], dim=1)  # y = [x1, x2 * exp(s) + a_t]
@@ -62,7 +62,7 @@ def coupling_inverse(
     spec: FlowSpec,
     condition: Tensor | None = None,  # [N, P]
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of `coupling_forward`: x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
+    """Invert `coupling_forward`; return x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
     g = global_affine_scale(weights.global_scale, spec.global_affine)
     y = (out @ weights.w_perm - weights.global_offset) / g  # W_perm^-1 = W_perm^T
     x1, y2 = y[:, : spec.passive_channels], y[:, spec.passive_channels :]
@@ -77,7 +77,7 @@ def flow_forward(
     spec: FlowSpec,
     condition: Tensor | None = None,  # [N, P]
 ) -> tuple[Tensor, Tensor]:
-    """All coupling layers in turn: the latent z [N, C] and the log-determinant [N]."""
+    """Apply all coupling layers in turn; return the latent z [N, C] and the log-determinant [N]."""
     log_det = x.new_zeros(x.shape[0])
     for weights in layers:
         x, layer_log_det = coupling_forward(x, weights, spec, condition)
@@ -91,7 +91,7 @@ def flow_inverse(
     spec: FlowSpec,
     condition: Tensor | None = None,  # [N, P]
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of `flow_forward`: x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
+    """Invert `flow_forward`; return x [N, C] and the log-determinant of the inverse's Jacobian [N]."""
     log_det = z.new_zeros(z.shape[0])
     for weights in reversed(layers):
         z, layer_log_det = coupling_inverse(z, weights, spec, condition)

@@ -11,7 +11,7 @@ def log_likelihood(
     z: Tensor,  # [N, C]
     log_det: Tensor,  # [N]
 ) -> Tensor:
-    """lp [N], in nats per dimension.
+    """Return lp [N], in nats per dimension.
 
         log p(x) = -C/2 ln(2 pi) - 1/2 z^T z + log|det J|,        lp = log p(x) / C
 

@@ -1,4 +1,4 @@
-"""The positional condition p(h, w): a sinusoidal code of a patch's place in the feature map.
+"""The positional condition p(h, w): a sinusoidal code of a patch's position in the feature map.
 
 Source: the official BGAD and CFLOW-AD (a two-dimensional form of Vaswani et al., 2017).
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def positional_encoding(channels: int, height: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The condition of every place in a map: [channels, height, width], computed in `dtype` on the CPU.
+    """Return the condition of every position of a map: [channels, height, width], computed in `dtype` on the CPU.
 
     With D = channels / 2 and f_i = exp(-2 i ln(10^4) / D), i = 0 .. D/2 - 1:
 

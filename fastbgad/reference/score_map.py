@@ -12,7 +12,7 @@ def upsample_bilinear(
     values: Tensor,  # [B, h, w]
     size: tuple[int, int],
 ) -> Tensor:
-    """Bilinear interpolation [B, H, W] with aligned corners: output pixel i reads source place i (h - 1) / (H - 1)."""
+    """Upsample to [B, H, W], bilinearly with aligned corners: output pixel i reads at i (h - 1) / (H - 1)."""
     rows_low, rows_high, rows_weight = _sources(values.shape[1], size[0], values.dtype)
     columns_low, columns_high, columns_weight = _sources(values.shape[2], size[1], values.dtype)
     rows = values[:, rows_low] * (1 - rows_weight)[:, None] + values[:, rows_high] * rows_weight[:, None]
@@ -20,9 +20,9 @@ def upsample_bilinear(
 
 
 def _sources(length: int, target: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    place = torch.arange(target, dtype=dtype) * ((length - 1) / (target - 1) if target > 1 else 0.0)
-    low = place.floor().long().clamp(max=length - 1)
-    return low, (low + 1).clamp(max=length - 1), place - low
+    position = torch.arange(target, dtype=dtype) * ((length - 1) / (target - 1) if target > 1 else 0.0)
+    low = position.floor().long().clamp(max=length - 1)
+    return low, (low + 1).clamp(max=length - 1), position - low
 
 
 def score_map(
@@ -31,7 +31,7 @@ def score_map(
     level_max: Tensor,  # [L]
     offset: Tensor | float,
 ) -> Tensor:
-    """The anomaly map [B, H, W]: high where the patches are unlikely.
+    """Return the anomaly map [B, H, W]: high where the patches are unlikely.
 
     score = offset - sum over levels of upsample(exp(lp_l - level_max_l))
     """

@@ -22,7 +22,7 @@ FOCAL_SMALLEST_U = 1e-6
 
 
 class SppLoss(NamedTuple):
-    """The terms of the loss of one chunk of rows: scalars."""
+    """Terms of the loss of one chunk of rows: scalars."""
 
     total: Tensor  # L_ml + lambda (L_n + L_a)
     ml: Tensor  # L_ml over the normal rows
@@ -30,12 +30,12 @@ class SppLoss(NamedTuple):
     anomalous: Tensor  # L_a, semi-push
     b_n: Tensor  # boundary of the normals, detached
     b_a: Tensor  # b_n - tau
-    normal_violations: Tensor  # int64, how many normal rows have u <= b_n
-    anomalous_violations: Tensor  # int64, how many anomalous rows have u >= b_a, whether or not L_a is in the total
+    normal_violations: Tensor  # int64, number of normal rows with u <= b_n
+    anomalous_violations: Tensor  # int64, number of anomalous rows with u >= b_a, also if L_a is not in the total
 
 
 def ml_loss(lp: Tensor, channels: int, form: str) -> Tensor:
-    """L_ml of each row [N]: -log sigmoid(lp) (official code) or the exact negative log-likelihood -lp * C (slides)."""
+    """Return L_ml of each row [N]: -log sigmoid(lp) (official code) or -lp * C, the exact likelihood (slides)."""
     if form == "logsigmoid":
         return -logsigmoid(lp)
     if form == "nll":
@@ -44,7 +44,7 @@ def ml_loss(lp: Tensor, channels: int, form: str) -> Tensor:
 
 
 def focal_weights(lp: Tensor, anomalous: Tensor) -> Tensor:
-    """The official code's focal weights [N], detached: hard rows count more.
+    """Return the official code's focal weights [N], detached: hard rows count more.
 
     normal rows:     w = 1                            if u > -0.2, else 11.7 (1 - e^u)^0.5 |u|
     anomalous rows:  w = 0.53 (1 + e^u)^2 / |u|       if u > -1,   else 1
@@ -68,7 +68,7 @@ def semi_push_pull(
     weights: Tensor,  # [N]
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """L_n and L_a.
+    """Return L_n and L_a.
 
         L_n = sum over normals of |min(u - b_n, 0)|,        L_a = sum over anomalies of |max(u - b_a, 0)|
 
@@ -100,7 +100,7 @@ def spp_loss(
     focal: bool = False,
     push: bool = True,
 ) -> SppLoss:
-    """L = L_ml + lambda (L_n + L_a) of one chunk of rows, with its boundary. `push=False` leaves out L_a (BGAD w/o)."""
+    """Return L = L_ml + lambda (L_n + L_a) of a chunk of rows, and its boundary. `push=False` leaves out L_a."""
     weights = focal_weights(lp, anomalous) if focal else torch.ones_like(lp)
     b_n, b_a = boundary(lp, anomalous, beta, tau, normalizer)
     normal_rows = ~anomalous
@@ -114,7 +114,7 @@ def spp_loss(
 
 
 def contrastive_loss(u: Tensor, anomalous: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """The conventional contrastive loss that BGAD-dagger has in place of BG-SPP: its pull and its push term.
+    """Return pull and push terms of the conventional contrastive loss that BGAD-dagger has in place of BG-SPP.
 
     The slides name it without an equation; this is Hadsell, Chopra and LeCun (CVPR 2006) on the distances
     d_ij = |u_i - u_j|, each term a mean over its pairs (0 where there is no pair):

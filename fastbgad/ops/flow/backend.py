@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...flow_spec import CouplingWeights, FlowSpec
+from ..dispatch import OperandPrecision
 from ..positional import PositionalRows
 
 # lp [N], log_det [N], and z [N, C] if it was asked for
@@ -19,7 +20,7 @@ class FlowOptions(NamedTuple):
     """Options of `fastbgad.ops.flow_forward` that concern its arithmetic."""
 
     return_z: bool = False
-    matmul_precision: Literal["float16", "float32", "bfloat16"] = "float16"
+    matmul_precision: OperandPrecision = "float16"
     chunk_rows: int | None = None
     recompute: bool | None = None
 

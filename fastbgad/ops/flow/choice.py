@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...errors import BackendError
 from ...flow_spec import FlowSpec
 from ...kernels.flow.weights import MOST_CHANNELS, most_channels_with_gradients
-from ..dispatch import Impl, MatmulPrecision, resolve_impl, resolve_matmul_precision
+from ..dispatch import Impl, OperandPrecision, resolve_impl
 from . import compiled, kernel_weights, onednn, portable, portable_training, reference_backend, registered, wide
 from .backend import FlowBackend, FlowCall
 from .compiled import CompiledWeights
@@ -56,9 +56,9 @@ def choose(impl: Impl, call: FlowCall, prepared: PreparedFlow | None = None, *, 
     return ONEDNN if _onednn_serves(call, prepared, keeps) else PORTABLE
 
 
-def is_wide(spec: FlowSpec, matmul_precision: MatmulPrecision, needs_grad: bool) -> bool:
+def is_wide(spec: FlowSpec, matmul_precision: OperandPrecision, needs_grad: bool) -> bool:
     """Return whether a flow or its condition has too many channels to keep its rows on the chip through all layers."""
-    most = most_channels_with_gradients(resolve_matmul_precision(matmul_precision)) if needs_grad else MOST_CHANNELS
+    most = most_channels_with_gradients(matmul_precision) if needs_grad else MOST_CHANNELS
     return spec.channels > most or spec.condition_channels > MOST_CONDITION_CHANNELS
 
 

@@ -89,13 +89,11 @@ def flow_forward(
     """
     family = resolve_impl(impl, x)
     _check(x, layers, spec, condition, rows)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ConfigError(f"chunk_rows is {chunk_rows}; it must be at least 1")
     matmul_precision = renamed_precision(matmul_precision, precision)
-    _check_precision(matmul_precision, impl, family)
+    _check_options(impl, family, chunk_rows, matmul_precision)
+    options = FlowOptions(return_z, resolve_matmul_precision(matmul_precision), chunk_rows, recompute)
     if debugging():
         check_values(x, layers, condition, rows)
-    options = FlowOptions(return_z, resolve_matmul_precision(matmul_precision), chunk_rows, recompute)
     needs_grad = _needs_grad(x, layers, condition)
     call = FlowCall(x, layers, spec, condition, rows, compute_dtype(x), needs_grad, options)
     backend = choose(impl, call, pack)
@@ -126,7 +124,9 @@ def _needs_grad(x: Tensor, layers: Sequence[CouplingWeights], condition: Positio
     return any(tensor.requires_grad for tensors in ((x,), *layers, dense) for tensor in tensors)
 
 
-def _check_precision(matmul_precision: MatmulPrecision, impl: Impl, family: str) -> None:
+def _check_options(impl: Impl, family: str, chunk_rows: int | None, matmul_precision: MatmulPrecision) -> None:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ConfigError(f"chunk_rows is {chunk_rows}; it must be at least 1")
     check_matmul_precision(matmul_precision)
     if matmul_precision != "bfloat16":
         return

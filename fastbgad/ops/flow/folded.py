@@ -19,8 +19,8 @@ from ..positional import PositionalRows
 class Folded(NamedTuple):
     """One coupling layer with its constants folded in.
 
-    A chunk of rows is carried in L lanes of n rows, one lane per thread. States are channels first, [L, C, n], hidden
-    activations rows first, [L, n, H]: so every product is quick on a CPU, and each half of a state is contiguous.
+    A chunk of rows is carried in T tiles of n rows, one tile per thread. States are channels first, [T, C, n], hidden
+    activations rows first, [T, n, H]: so every product is quick on a CPU, and each half of a state is contiguous.
     """
 
     w1x: Tensor  # [C1, H]
@@ -37,7 +37,7 @@ class Folded(NamedTuple):
     log_g: Tensor  # scalar, sum(log g)
 
     def permute(self, y: Tensor, out: Tensor) -> Tensor:
-        """out = W_perm (g y + offset) of states [L, C, n]."""
+        """out = W_perm (g y + offset) of states [T, C, n]."""
         if self.w_out is None:
             assert self.moved is not None
             assert self.g_out is not None
@@ -46,7 +46,7 @@ class Folded(NamedTuple):
         return torch.bmm(self.w_out.expand(len(y), -1, -1), y, out=out).add_(self.out_bias)
 
     def permute_back(self, d_out: Tensor, out: Tensor) -> Tensor:
-        """out = (W_perm diag(g))^T d_out: the gradient of y [L, C, n] from that of the layer's output."""
+        """out = (W_perm diag(g))^T d_out: the gradient of y [T, C, n] from that of the layer's output."""
         if self.w_out is None:
             assert self.moved is not None
             torch.index_select(d_out, 1, torch.argsort(self.moved), out=out)

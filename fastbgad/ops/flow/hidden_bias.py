@@ -13,35 +13,35 @@ from ..positional import PositionalRows
 from ..reused_memory import Block
 from .folded import Folded
 
-# Shorter lanes make products too small to be quick.
-FEWEST_LANE_ROWS = 128
+# Shorter tiles make products too small to be quick.
+FEWEST_TILE_ROWS = 128
 
 
 class Chunk(NamedTuple):
-    """Successive rows that go through all layers together, split evenly into lanes."""
+    """Successive rows that go through all layers together, split evenly into tiles."""
 
     start: int
     stop: int
-    lanes: int
+    tiles: int
 
     @staticmethod
-    def of(start: int, stop: int, most_lanes: int) -> Chunk:
-        """Return a chunk with the most lanes, up to `most_lanes`, that divide the rows and leave enough for each."""
+    def of(start: int, stop: int, most_tiles: int) -> Chunk:
+        """Return a chunk with the most tiles, up to `most_tiles`, that divide the rows and leave enough for each."""
         rows = stop - start
-        most = max(1, min(most_lanes, rows // FEWEST_LANE_ROWS))
-        return Chunk(start, stop, next(lanes for lanes in range(most, 0, -1) if rows % lanes == 0))
+        most = max(1, min(most_tiles, rows // FEWEST_TILE_ROWS))
+        return Chunk(start, stop, next(tiles for tiles in range(most, 0, -1) if rows % tiles == 0))
 
     @property
-    def lane_rows(self) -> int:
-        """Number of rows of each lane."""
-        return (self.stop - self.start) // self.lanes
+    def tile_rows(self) -> int:
+        """Number of rows of each tile."""
+        return (self.stop - self.start) // self.tiles
 
 
-def row_chunks(rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
-    """Yield chunks of any rows; what does not divide into lanes at the end is a small chunk of its own."""
-    even = rows - rows % lanes if rows >= lanes * FEWEST_LANE_ROWS else rows
-    step = max(1, chunk_rows // lanes) * lanes
-    yield from (Chunk.of(start, min(start + step, even), lanes) for start in range(0, even, step))
+def row_chunks(rows: int, chunk_rows: int, tiles: int) -> Iterator[Chunk]:
+    """Yield chunks of any rows; what does not divide into tiles at the end is a small chunk of its own."""
+    even = rows - rows % tiles if rows >= tiles * FEWEST_TILE_ROWS else rows
+    step = max(1, chunk_rows // tiles) * tiles
+    yield from (Chunk.of(start, min(start + step, even), tiles) for start in range(0, even, step))
     if even < rows:
         yield Chunk(even, rows, 1)
 
@@ -52,20 +52,20 @@ class RasterBias:
     def __init__(self, positions: PositionalRows) -> None:
         self.height, self.width = positions.height, positions.width
 
-    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
+    def chunks(self, rows: int, chunk_rows: int, tiles: int) -> Iterator[Chunk]:
         """Yield chunks of whole maps where these are small, else of whole lines within one map."""
         area = self.height * self.width
         if area <= chunk_rows:
             step = chunk_rows // area * area
-            yield from (Chunk.of(start, min(start + step, rows), lanes) for start in range(0, rows, step))
+            yield from (Chunk.of(start, min(start + step, rows), tiles) for start in range(0, rows, step))
             return
         step = max(1, chunk_rows // self.width) * self.width
         for image in range(0, rows, area):
             end = image + area
-            yield from (Chunk.of(start, min(start + step, end), lanes) for start in range(image, end, step))
+            yield from (Chunk.of(start, min(start + step, end), tiles) for start in range(image, end, step))
 
     def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
-        """Write the bias of every row of a chunk into `hidden` [L, n, H]."""
+        """Write the bias of every row of a chunk into `hidden` [T, n, H]."""
         assert layer.tables is not None
         area, rows = self.height * self.width, chunk.stop - chunk.start
         columns, lines = layer.tables[: self.width], layer.tables[self.width :]
@@ -90,12 +90,12 @@ class GatheredBias:
         self.position = positions.positions(rows, device)
         self.by_position = self.height * self.width <= rows
 
-    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
+    def chunks(self, rows: int, chunk_rows: int, tiles: int) -> Iterator[Chunk]:
         """Yield chunks of any rows."""
-        return row_chunks(rows, chunk_rows, lanes)
+        return row_chunks(rows, chunk_rows, tiles)
 
     def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
-        """Write the bias of every row of a chunk into `hidden` [L, n, H]."""
+        """Write the bias of every row of a chunk into `hidden` [T, n, H]."""
         assert layer.tables is not None
         position, rows = self.position[chunk.start : chunk.stop], hidden.view(-1, hidden.shape[-1])
         columns, lines = layer.tables.split([self.width, self.height])
@@ -122,7 +122,7 @@ class GatheredBias:
         return order % (chunk.stop - chunk.start), torch.cumsum(counts, 0) - counts
 
     def sum_segments(self, d_hidden: Tensor, segments: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the gradient of the tables [width + height, H] from that of the rows [L * n, H]."""
+        """Return the gradient of the tables [width + height, H] from that of the rows [T * n, H]."""
         rows, offsets = segments
         return embedding_bag(rows, d_hidden, offsets, mode="sum")
 
@@ -133,12 +133,12 @@ class DenseBias:
     def __init__(self, condition: Tensor | None) -> None:
         self.condition = condition
 
-    def chunks(self, rows: int, chunk_rows: int, lanes: int) -> Iterator[Chunk]:
+    def chunks(self, rows: int, chunk_rows: int, tiles: int) -> Iterator[Chunk]:
         """Yield chunks of any rows."""
-        return row_chunks(rows, chunk_rows, lanes)
+        return row_chunks(rows, chunk_rows, tiles)
 
     def fill(self, layer: Folded, chunk: Chunk, hidden: Tensor) -> None:
-        """Write the bias of every row of a chunk into `hidden` [L, n, H]."""
+        """Write the bias of every row of a chunk into `hidden` [T, n, H]."""
         if self.condition is None or layer.w1p is None:
             hidden.copy_(layer.bias.expand_as(hidden))
         else:

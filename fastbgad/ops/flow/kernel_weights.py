@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...flow_spec import CouplingWeights, FlowSpec, GlobalAffine
 from ...kernels.device_cache import DeviceCache
-from ..dispatch import MatmulPrecision, resolve_matmul_precision
+from ..dispatch import MatmulPrecision, OperandPrecision, resolve_matmul_precision
 from ..positional import PositionalRows
 from ..registration import register
 from .backend import FlowCall
@@ -27,7 +27,7 @@ class Geometry(NamedTuple):
     width: int
     positions: bool  # the condition is `PositionalRows`
     dense: bool  # the condition is a tensor
-    matmul_precision: MatmulPrecision  # never "auto"
+    matmul_precision: OperandPrecision
 
     @classmethod
     def of(cls, condition: PositionalRows | Tensor | None, matmul_precision: MatmulPrecision) -> Geometry:
@@ -161,4 +161,4 @@ def fake_pack(weights: list[Tensor], codes: Tensor | None, *arguments: Any) -> t
     return tuple(torch.empty_like(tensor) for tensor in plain_pack(weights, codes, *options))
 
 
-flow_pack = register("flow_pack", _launch, fake=fake_pack)
+flow_pack: Any = register("flow_pack", _launch, fake=fake_pack)

@@ -24,18 +24,18 @@ from .folded import Folded, PortableWeights, fold_flow
 from .hidden_bias import Chunk, hidden_bias_of
 
 # The hidden activations of a chunk (2.4 MB per thread in float32 for C = 40) should stay in the cache.
-LANES_PER_THREAD = 8
-LANE_ROWS = 256
+TILES_PER_THREAD = 8
+TILE_ROWS = 256
 
 
-def most_lanes(device: torch.device) -> int:
-    """Return how many lanes of rows go through the layers at once: on a CPU several per thread, else one.
+def most_tiles(device: torch.device) -> int:
+    """Return how many tiles of rows go through the layers at once: on a CPU several per thread, else one.
 
-    A batched product is shared among threads by lanes, much as element-wise operations are: most of what a thread reads
+    A batched product is shared among threads by tiles, much as element-wise operations are: most of what a thread reads
     it wrote itself. A single large product is shared by columns or by rows, as suits its shape, and its operands come
-    from another core's cache: on 2 cores, lanes take two thirds of the time.
+    from another core's cache: on 2 cores, tiles take two thirds of the time.
     """
-    return LANES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
+    return TILES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def prepare(call: FlowCall) -> PortableWeights:
@@ -51,12 +51,12 @@ def infer(call: FlowCall, prepared: object = None) -> FlowResult:
     if not (isinstance(prepared, PortableWeights) and prepared.serves(positions, call.dtype)):
         prepared = prepare(call)
     bias = hidden_bias_of(positions, None if dense is None else dense.to(call.dtype), x)
-    lanes = most_lanes(x.device)
+    tiles = most_tiles(x.device)
     log_g = torch.stack([layer.log_g for layer in prepared.layers]).sum()
     lp, log_det = x.new_empty(len(x)), x.new_empty(len(x))
     z = torch.empty_like(x) if call.options.return_z else None
     scratch: Scratch | None = None
-    for chunk in bias.chunks(len(x), call.options.chunk_rows or lanes * LANE_ROWS, lanes):
+    for chunk in bias.chunks(len(x), call.options.chunk_rows or tiles * TILE_ROWS, tiles):
         if scratch is None or not scratch.fits(chunk):
             scratch = Scratch(chunk, spec, x)
         here = slice(chunk.start, chunk.stop)
@@ -64,7 +64,7 @@ def infer(call: FlowCall, prepared: object = None) -> FlowResult:
         for layer in prepared.layers:
             bias.fill(layer, chunk, scratch.hidden)
             scratch.carry(layer, spec.clamp)
-        torch.sum(scratch.scale_sum, dim=1, out=log_det[here].view(chunk.lanes, -1))
+        torch.sum(scratch.scale_sum, dim=1, out=log_det[here].view(chunk.tiles, -1))
         log_det[here].add_(log_g)
         lp[here] = log_likelihood_of_norm(scratch.squared_norm().view(-1), log_det[here], spec.channels)
         if z is not None:
@@ -73,16 +73,16 @@ def infer(call: FlowCall, prepared: object = None) -> FlowResult:
 
 
 class State(NamedTuple):
-    """State of a chunk of L lanes of n rows between two layers, and views of it."""
+    """State of a chunk of T tiles of n rows between two layers, and views of it."""
 
-    all: Tensor  # [L, C, n]
-    rows: Tensor  # [L, n, C]
-    passive_rows: Tensor  # [L, n, C1], x1
-    active: Tensor  # [L, C2, n], x2
+    all: Tensor  # [T, C, n]
+    rows: Tensor  # [T, n, C]
+    passive_rows: Tensor  # [T, n, C1], x1
+    active: Tensor  # [T, C2, n], x2
 
     @staticmethod
     def of(chunk: Chunk, spec: FlowSpec, like: Tensor) -> State:
-        state = like.new_empty(chunk.lanes, spec.channels, chunk.lane_rows)
+        state = like.new_empty(chunk.tiles, spec.channels, chunk.tile_rows)
         rows, c1 = state.transpose(1, 2), spec.passive_channels
         return State(state, rows, rows[:, :, :c1], state[:, c1:])
 
@@ -91,33 +91,33 @@ class Scratch:
     """Activations of one chunk at inference, used by all layers and all chunks of that size."""
 
     def __init__(self, chunk: Chunk, spec: FlowSpec, like: Tensor) -> None:
-        lanes, rows, c2 = chunk.lanes, chunk.lane_rows, spec.active_channels
+        tiles, rows, c2 = chunk.tiles, chunk.tile_rows, spec.active_channels
         self.state, self.following = State.of(chunk, spec, like), State.of(chunk, spec, like)
-        self.block = Block(lanes * rows * spec.hidden_channels, like)
-        self.hidden = self.block.view(lanes, rows, spec.hidden_channels)
+        self.block = Block(tiles * rows * spec.hidden_channels, like)
+        self.hidden = self.block.view(tiles, rows, spec.hidden_channels)
         self.hidden_columns = self.hidden.transpose(1, 2)
-        self.a = like.new_empty(lanes, 2 * c2, rows)
+        self.a = like.new_empty(tiles, 2 * c2, rows)
         self.s, self.shift = self.a[:, :c2], self.a[:, c2:]
-        self.scale_sum = like.new_empty(lanes, c2, rows)
+        self.scale_sum = like.new_empty(tiles, c2, rows)
 
     def fits(self, chunk: Chunk) -> bool:
         """Return whether a chunk has this size."""
-        return self.hidden.shape[:2] == (chunk.lanes, chunk.lane_rows)
+        return self.hidden.shape[:2] == (chunk.tiles, chunk.tile_rows)
 
     def load(self, x: Tensor) -> None:
-        """Start with the rows of a chunk [L * n, C]."""
+        """Start with the rows of a chunk [T * n, C]."""
         self.state.rows.copy_(x.view(self.state.rows.shape))
         self.scale_sum.zero_()
 
     def squared_norm(self) -> Tensor:
-        """Return |z|^2 of the state of every row [L, n]; the state is lost."""
+        """Return |z|^2 of the state of every row [T, n]; the state is lost."""
         return torch.mul(self.state.all, self.state.all, out=self.following.all).sum(dim=1)
 
     def carry(self, layer: Folded, clamp: float) -> None:
         """Apply one coupling layer; `hidden` holds its bias."""
-        state, s, lanes = self.state, self.s, len(self.a)
-        self.hidden.baddbmm_(state.passive_rows, layer.w1x.expand(lanes, -1, -1)).relu_()
-        torch.bmm(layer.w2.expand(lanes, -1, -1), self.hidden_columns, out=self.a).add_(layer.b2)
+        state, s, tiles = self.state, self.s, len(self.a)
+        self.hidden.baddbmm_(state.passive_rows, layer.w1x.expand(tiles, -1, -1)).relu_()
+        torch.bmm(layer.w2.expand(tiles, -1, -1), self.hidden_columns, out=self.a).add_(layer.b2)
         s.sigmoid_().mul_(2 * clamp).sub_(clamp)
         self.scale_sum.add_(s)
         torch.addcmul(self.shift, state.active, s.exp_(), out=state.active)  # y = [x1, x2 exp(s) + a_t], in place

@@ -1,7 +1,7 @@
 """The portable fast path of the flow with gradients: a forward that keeps activations, and a backward by hand.
 
-The arithmetic and the lanes of the forward are those of `portable`. Gradients of weights are summed per lane, and the
-lanes' sums are added in order: the same number of threads gives the same bits.
+The arithmetic and the tiles of the forward are those of `portable`. Gradients of weights are summed per tile, and the
+tiles' sums are added in order: the same number of threads gives the same bits.
 
 With `operands` of another type (bfloat16) the hidden activations and the operands of the subnets' products are of that
 type; the state, the permutation, log_det and every sum over rows and layers stay as they are.
@@ -22,12 +22,12 @@ from ..reused_memory import Block
 from .backend import FlowCall, FlowResult, unflatten
 from .folded import Folded, fold_flow, global_affine_scale, subnet_scale
 from .hidden_bias import Bias, Chunk, DenseBias, GatheredBias
-from .portable import most_lanes
+from .portable import most_tiles
 
 # Activations are written to memory whatever the chunk, and larger chunks make fewer operations.
-LANE_ROWS = 512
+TILE_ROWS = 512
 # Each has sums of its own for the gradients of the large weights, which must not outgrow what they are sums of.
-MOST_LANES = 8
+MOST_TILES = 8
 MOST_SUM_BYTES = 8 * 2**20  # per layer
 
 
@@ -51,13 +51,13 @@ def train(call: FlowCall) -> FlowResult:
 
 
 class Saved(NamedTuple):
-    """Saved activations of one layer for one chunk of L lanes of n rows: views of two blocks of memory."""
+    """Saved activations of one layer for one chunk of T tiles of n rows: views of two blocks of memory."""
 
-    y: Tensor  # [L, C, n], [x1, x2 exp(s) + a_t]
-    x2: Tensor  # [L, C2, n]
-    sigmoid: Tensor  # [L, C2, n], of twice the pre-activation: s = clamp (2 sigmoid - 1)
-    scale: Tensor  # [L, C2, n], exp(s)
-    hidden: Tensor  # [L, n, H], after the ReLU, of the operands' type
+    y: Tensor  # [T, C, n], [x1, x2 exp(s) + a_t]
+    x2: Tensor  # [T, C2, n]
+    sigmoid: Tensor  # [T, C2, n], of twice the pre-activation: s = clamp (2 sigmoid - 1)
+    scale: Tensor  # [T, C2, n], exp(s)
+    hidden: Tensor  # [T, n, H], after the ReLU, of the operands' type
 
     @staticmethod
     def elements_per_row(spec: FlowSpec) -> int:
@@ -77,8 +77,8 @@ class Saved(NamedTuple):
         states = by_layer(state, Saved.elements_per_row(spec))
         for part, own in zip(states, by_layer(hidden, spec.hidden_channels), strict=True):
             pieces = part.split([rows * height for height in (spec.channels, c2, c2, c2)])
-            y, x2, sigmoid, scale = (piece.view(chunk.lanes, -1, chunk.lane_rows) for piece in pieces)
-            found.append(Saved(y, x2, sigmoid, scale, own.view(chunk.lanes, -1, spec.hidden_channels)))
+            y, x2, sigmoid, scale = (piece.view(chunk.tiles, -1, chunk.tile_rows) for piece in pieces)
+            found.append(Saved(y, x2, sigmoid, scale, own.view(chunk.tiles, -1, spec.hidden_channels)))
         return found
 
 
@@ -96,7 +96,7 @@ class FlowFunction(torch.autograd.Function):
         operands: torch.dtype,  # of the subnets' products
         *weights: Tensor,  # the tensors of every layer, in the order of CouplingWeights
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, lanes = len(x), _lanes(spec, x)
+        rows, tiles = len(x), _tiles(spec, x)
         folded = fold_flow(unflatten(weights), spec, positions, x.dtype).layers
         if operands != x.dtype:
             folded = [with_operands(layer, operands) for layer in folded]
@@ -104,7 +104,7 @@ class FlowFunction(torch.autograd.Function):
         bias = DenseBias(dense) if positions is None else GatheredBias(positions, rows, x.device)
         log_g = torch.stack([layer.log_g for layer in folded]).sum()
         z, lp, log_det = torch.empty_like(x), x.new_empty(rows), x.new_empty(rows)
-        chunks = list(bias.chunks(rows, chunk_rows or lanes * LANE_ROWS, lanes))
+        chunks = list(bias.chunks(rows, chunk_rows or tiles * TILE_ROWS, tiles))
         state = Block(rows * spec.coupling_layers * Saved.elements_per_row(spec), x)
         hidden = Block(rows * spec.coupling_layers * spec.hidden_channels, x, operands)
         for chunk in chunks:
@@ -112,7 +112,7 @@ class FlowFunction(torch.autograd.Function):
             layers = Saved.of(state.tensor, hidden.tensor, chunk, spec)
             latent = x.new_empty(layers[0].y.shape)
             states = [*(saved.y for saved in layers), latent]
-            states[0].transpose(1, 2).copy_(x[here].view(chunk.lanes, -1, spec.channels))
+            states[0].transpose(1, 2).copy_(x[here].view(chunk.tiles, -1, spec.channels))
             for layer, saved, following in zip(folded, layers, states[1:], strict=True):
                 bias.fill(layer, chunk, saved.hidden)
                 carry_saving(layer, saved, following, spec)
@@ -139,18 +139,18 @@ class FlowFunction(torch.autograd.Function):
         if d_lp is not None:
             d_det.add_(d_lp, alpha=1 / z.shape[1])
 
-        gradients = Gradients(folded, spec, lanes=ctx.chunks[0].lanes if ctx.chunks else 0)
+        gradients = Gradients(folded, spec, tiles=ctx.chunks[0].tiles if ctx.chunks else 0)
         for chunk in ctx.chunks:
             here = slice(chunk.start, chunk.stop)
             scratch = Scratch.of(chunk, spec, z, hidden.dtype)
             d_out = torch.zeros_like(scratch.dy)
-            d_latent = d_out.transpose(1, 2)  # [L, n, C]
+            d_latent = d_out.transpose(1, 2)  # [T, n, C]
             if d_z is not None:
                 d_latent.copy_(d_z[here].view(d_latent.shape))
             if d_lp is not None:  # lp = (const - 1/2 |z|^2 + log_det) / C
-                share = d_lp[here].view(chunk.lanes, -1, 1)
+                share = d_lp[here].view(chunk.tiles, -1, 1)
                 d_latent.addcmul_(z[here].view(d_latent.shape), share, value=-1 / spec.channels)
-            d_scale = d_det[here].view(chunk.lanes, 1, -1)
+            d_scale = d_det[here].view(chunk.tiles, 1, -1)
             segments = ctx.bias.segments(chunk) if isinstance(ctx.bias, GatheredBias) else None
             saved, beta = Saved.of(state, hidden, chunk, spec), int(chunk.start > 0)
             for index in reversed(range(len(folded))):
@@ -167,13 +167,13 @@ class FlowFunction(torch.autograd.Function):
         return d_x, d_dense, None, None, None, None, *gradients.unfold(unflatten(weights), d_det.sum(), ctx.positions)
 
 
-def _lanes(spec: FlowSpec, x: Tensor) -> int:
-    """Return the number of lanes that is quickest: 8 up to some 300 channels, 2 at 512, 1 beyond 700."""
-    lanes = min(most_lanes(x.device), MOST_LANES)
+def _tiles(spec: FlowSpec, x: Tensor) -> int:
+    """Return the number of tiles that is quickest: 8 up to some 300 channels, 2 at 512, 1 beyond 700."""
+    tiles = min(most_tiles(x.device), MOST_TILES)
     one = x.element_size() * spec.hidden_channels * (spec.passive_channels + 2 * spec.active_channels)
-    while lanes > 1 and lanes * one > MOST_SUM_BYTES:
-        lanes //= 2
-    return lanes
+    while tiles > 1 and tiles * one > MOST_SUM_BYTES:
+        tiles //= 2
+    return tiles
 
 
 def with_operands(layer: Folded, operands: torch.dtype) -> Folded:
@@ -185,14 +185,14 @@ def with_operands(layer: Folded, operands: torch.dtype) -> Folded:
 def carry_saving(
     layer: Folded,
     saved: Saved,  # holds the layer's input in y and the hidden bias in hidden; filled here
-    following: Tensor,  # [L, C, n], filled with the next layer's input
+    following: Tensor,  # [T, C, n], filled with the next layer's input
     spec: FlowSpec,
 ) -> None:
     """Apply one coupling layer of a training step."""
-    c1, c2, lanes = spec.passive_channels, spec.active_channels, len(following)
+    c1, c2, tiles = spec.passive_channels, spec.active_channels, len(following)
     passive = saved.y[:, :c1].to(saved.hidden.dtype)
-    saved.hidden.baddbmm_(passive.transpose(1, 2), layer.w1x.expand(lanes, -1, -1)).relu_()
-    a = torch.bmm(layer.w2.expand(lanes, -1, -1), saved.hidden.transpose(1, 2)).to(saved.y.dtype).add_(layer.b2)
+    saved.hidden.baddbmm_(passive.transpose(1, 2), layer.w1x.expand(tiles, -1, -1)).relu_()
+    a = torch.bmm(layer.w2.expand(tiles, -1, -1), saved.hidden.transpose(1, 2)).to(saved.y.dtype).add_(layer.b2)
     torch.sigmoid(a[:, :c2], out=saved.sigmoid)
     torch.mul(saved.sigmoid, 2 * spec.clamp, out=saved.scale).sub_(spec.clamp).exp_()
     active = saved.y[:, c1:]
@@ -202,21 +202,21 @@ def carry_saving(
 
 
 class Scratch(NamedTuple):
-    """Gradients of one chunk of L lanes of n rows within one layer, used by all layers."""
+    """Gradients of one chunk of T tiles of n rows within one layer, used by all layers."""
 
-    dy: Tensor  # [L, C, n]
-    product: Tensor  # [L, C, n]
-    da: Tensor  # [L, 2 * C2, n]
-    d_hidden: Tensor  # [L, n, H], the gradient before the ReLU, of the operands' type
+    dy: Tensor  # [T, C, n]
+    product: Tensor  # [T, C, n]
+    da: Tensor  # [T, 2 * C2, n]
+    d_hidden: Tensor  # [T, n, H], the gradient before the ReLU, of the operands' type
     block: Block  # whose memory d_hidden is
 
     @staticmethod
     def of(chunk: Chunk, spec: FlowSpec, like: Tensor, operands: torch.dtype) -> Scratch:
-        lanes, rows = chunk.lanes, chunk.lane_rows
-        dy, product = like.new_empty(2, lanes, spec.channels, rows).unbind()
-        block = Block(lanes * rows * spec.hidden_channels, like, operands)
-        d_hidden = block.view(lanes, rows, spec.hidden_channels)
-        return Scratch(dy, product, like.new_empty(lanes, 2 * spec.active_channels, rows), d_hidden, block)
+        tiles, rows = chunk.tiles, chunk.tile_rows
+        dy, product = like.new_empty(2, tiles, spec.channels, rows).unbind()
+        block = Block(tiles * rows * spec.hidden_channels, like, operands)
+        d_hidden = block.view(tiles, rows, spec.hidden_channels)
+        return Scratch(dy, product, like.new_empty(tiles, 2 * spec.active_channels, rows), d_hidden, block)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
@@ -232,13 +232,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 class Gradients:
     """Gradients of the folded weights of all layers, summed over chunks, then those of the layers' own tensors."""
 
-    def __init__(self, folded: Sequence[Folded], spec: FlowSpec, lanes: int) -> None:
+    def __init__(self, folded: Sequence[Folded], spec: FlowSpec, tiles: int) -> None:
         first, layers, c = folded[0], len(folded), spec.channels  # b2 is of the type of the sums
         self.spec, self.folded = spec, folded
         new, empty = first.b2.new_zeros, first.b2.new_empty
-        # one sum per layer and lane; the first chunk has most lanes and overwrites what was there
-        self.w1x = empty(layers, lanes, *first.w1x.shape)  # [.., .., C1, H]
-        self.w2 = empty(layers, lanes, *first.w2.shape)  # [.., .., 2 * C2, H]
+        # one sum per layer and tile; the first chunk has most tiles and overwrites what was there
+        self.w1x = empty(layers, tiles, *first.w1x.shape)  # [.., .., C1, H]
+        self.w2 = empty(layers, tiles, *first.w2.shape)  # [.., .., 2 * C2, H]
         # one sum per layer
         self.b2 = new(layers, len(first.b2))
         self.y_sum, self.y_dot = new(layers, c), new(layers, c)  # sums over rows of dy and of dy * y
@@ -249,14 +249,14 @@ class Gradients:
     def accumulate(
         self,
         index: int,  # of the layer
-        d_out: Tensor,  # [L, C, n]
-        d_scale: Tensor,  # [L, 1, n], gradient of log_det
+        d_out: Tensor,  # [T, C, n]
+        d_scale: Tensor,  # [T, 1, n], gradient of log_det
         saved: Saved,
         scratch: Scratch,
         beta: int,  # 0 for the first chunk, 1 after it
     ) -> Tensor:
-        """Add one chunk's gradients of one layer; return dx [L, C, n], which lies in the scratch."""
-        c1, c2, lanes = self.spec.passive_channels, self.spec.active_channels, len(d_out)
+        """Add one chunk's gradients of one layer; return dx [T, C, n], which lies in the scratch."""
+        c1, c2, tiles = self.spec.passive_channels, self.spec.active_channels, len(d_out)
         layer, (dy, product, da, d_hidden, _) = self.folded[index], scratch
         layer.permute_back(d_out, out=dy)  # out = W_perm (g y + offset)
         self.y_sum[index] += dy.sum(dim=(0, 2))
@@ -270,19 +270,19 @@ class Gradients:
         torch.ops.aten.sigmoid_backward.grad_input(ds, saved.sigmoid, grad_input=ds).mul_(2 * self.spec.clamp)
         self.b2[index] += da.sum(dim=(0, 2))
         da = da.to(d_hidden.dtype)
-        _add_product(self.w2[index, :lanes], da, saved.hidden, beta)
+        _add_product(self.w2[index, :tiles], da, saved.hidden, beta)
 
-        torch.bmm(da.transpose(1, 2), layer.w2.expand(lanes, -1, -1), out=d_hidden)
+        torch.bmm(da.transpose(1, 2), layer.w2.expand(tiles, -1, -1), out=d_hidden)
         torch.ops.aten.threshold_backward.grad_input(d_hidden, saved.hidden, 0, grad_input=d_hidden)
-        _add_product(self.w1x[index, :lanes], saved.y[:, :c1].to(d_hidden.dtype), d_hidden, beta)
-        dy[:, :c1] += torch.bmm(layer.w1x.expand(lanes, -1, -1), d_hidden.transpose(1, 2))
+        _add_product(self.w1x[index, :tiles], saved.y[:, :c1].to(d_hidden.dtype), d_hidden, beta)
+        dy[:, :c1] += torch.bmm(layer.w1x.expand(tiles, -1, -1), d_hidden.transpose(1, 2))
         return dy
 
     def accumulate_bias(
         self, index: int, chunk: Chunk, bias: Bias, segments: tuple[Tensor, Tensor] | None, scratch: Scratch
     ) -> None:
         """Add one chunk's gradients of one layer's hidden bias, which `accumulate` has left in the scratch."""
-        d_hidden = scratch.d_hidden.view(-1, scratch.d_hidden.shape[2])  # [L * n, H]
+        d_hidden = scratch.d_hidden.view(-1, scratch.d_hidden.shape[2])  # [T * n, H]
         if isinstance(bias, GatheredBias):
             assert segments is not None
             assert self.tables is not None

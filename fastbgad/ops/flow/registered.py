@@ -142,7 +142,7 @@ def _fake_infer(x: Tensor, packed: list[Tensor], index: Tensor | None, *argument
     return empty(x, count), empty(x, count), empty(x, count if want_z else 0, x.shape[1])
 
 
-flow_infer = register("flow_infer", _launch_infer, fake=_fake_infer)
+flow_infer: Any = register("flow_infer", _launch_infer, fake=_fake_infer)
 
 
 def _launch_train(
@@ -324,7 +324,7 @@ def _fake_train_backward(
     )
 
 
-flow_train_backward = register("flow_train_backward", _launch_train_backward, fake=_fake_train_backward)
+flow_train_backward: Any = register("flow_train_backward", _launch_train_backward, fake=_fake_train_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -353,4 +353,6 @@ def _backward(ctx: Any, d_lp: Tensor | None, d_log_det: Tensor | None, d_z: Tens
     return d_x.to(x.dtype) if want_dx else None, d_weights, [None] * len(packed), *nothing
 
 
-flow_train = register("flow_train", _launch_train, fake=_fake_train, setup_context=_setup_context, backward=_backward)
+flow_train: Any = register(
+    "flow_train", _launch_train, fake=_fake_train, setup_context=_setup_context, backward=_backward
+)

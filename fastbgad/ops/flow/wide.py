@@ -256,16 +256,8 @@ def _launch_backward(
             if again is not None:
                 carry(chunk, again, spec, saved, None)
                 saved.clear(lost[here])
-            d_chunk = carry_back(
-                chunk,
-                stacked,
-                spec,
-                saved,
-                upstream.part(here, scale),
-                gradients,
-                d_dense[here] if need_dense else None,
-                need_x,
-            )
+            part, d_condition = upstream.part(here, scale), d_dense[here] if need_dense else None
+            d_chunk = carry_back(chunk, stacked, spec, saved, part, gradients, d_condition, need_x)
             if d_chunk is not None:
                 d_x[here] = d_chunk
         # log_det adds sum(log g) per row
@@ -328,7 +320,9 @@ def _backward(ctx: Any, d_lp: Tensor | None, d_log_det: Tensor | None, d_z: Tens
     return d_x if need_x else None, d_dense if need_dense else None, None, d_weights, *nothing
 
 
-flow_wide = register(
+flow_wide: Any = register(
     "flow_wide", _launch, portable=_portable, fake=_fake, setup_context=_setup_context, backward=_backward
 )
-flow_wide_backward = register("flow_wide_backward", _launch_backward, portable=_portable_backward, fake=_fake_backward)
+flow_wide_backward: Any = register(
+    "flow_wide_backward", _launch_backward, portable=_portable_backward, fake=_fake_backward
+)

@@ -1,4 +1,4 @@
-"""Compile the C++ parts with the machine's own compiler, once per user, at their first use.
+"""Compilation of the C++ parts with the machine's own compiler, once per user, at their first use.
 
 A compiled library is specific to the CPU it was compiled on, so none is shipped. It is kept in the user's cache folder
 under the hash of everything that it depends on: the source, the flags, the compiler and the CPU.
@@ -23,18 +23,18 @@ from ...system.files import atomic_path
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-# NaN and Inf keep their meaning: of what -ffast-math allows, only what cannot change a value is taken.
+# NaN and Inf keep their meaning: only those parts of -ffast-math that cannot change a value.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-# The second is what compilers for ARM before GCC 6 and Apple's understand.
+# Compilers for ARM before GCC 6 and Apple's know only the second.
 THIS_CPU = ("-march=native", "-mcpu=native")
-# Compiling takes 4 s; on a machine that is busy with other things several times as long.
+# Compiling takes 4 s; several times as long on a busy machine.
 LONGEST_BUILD = 120.0  # seconds
 
 _lock = threading.Lock()
 
 
 class _Outcome:
-    """Of this process: the library, or what kept it from being built."""
+    """Outcome of building in this process: the library, or why there is none."""
 
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
@@ -45,7 +45,7 @@ _outcome = _Outcome()
 
 
 def library() -> ctypes.CDLL:
-    """The compiled library, built if it is not there yet; raises `BackendError` if that is not possible."""
+    """Return the compiled library, built on first use; raise `BackendError` if that is not possible."""
     with _lock:
         if _outcome.library is None and _outcome.obstacle is None:
             try:
@@ -68,7 +68,7 @@ def why_not_native() -> str | None:
 
 
 def forget() -> None:
-    """Look for a compiler again at the next use."""
+    """Make the next use look for a compiler again."""
     with _lock:
         _outcome.library = _outcome.obstacle = None
 
@@ -81,7 +81,7 @@ def cache_folder() -> Path:
 
 
 def find_compiler() -> str:
-    """The path of a C++ compiler: CXX where it is set, else the first of `COMPILERS` that there is."""
+    """Return the path of a C++ compiler: CXX if it is set, else the first of `COMPILERS` that is installed."""
     chosen = os.environ.get("CXX", "").strip()
     for name in (chosen,) if chosen else COMPILERS:
         found = shutil.which(name)
@@ -89,7 +89,7 @@ def find_compiler() -> str:
             return found
     if chosen:
         raise BackendError(
-            f"CXX names the C++ compiler {chosen}, which is not there; set it to one that is, or unset it"
+            f"CXX names the C++ compiler {chosen}, which is not installed; set it to one that is, or unset it"
         )
     raise BackendError(f"there is no C++ compiler ({', '.join(COMPILERS)}); install one, for example Debian's g++")
 
@@ -100,18 +100,18 @@ def _load() -> ctypes.CDLL:
     compiler = find_compiler()
     target = _target(compiler)
     if target.is_file():
-        # what cannot be loaded (a full disk, a copied home folder) is made again
+        # a file that cannot be loaded (a full disk, a copied home folder) is built again
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(target))
     _build(compiler, target)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise BackendError(f"what the C++ compiler {compiler} makes cannot be loaded: {error}") from error
+        raise BackendError(f"the library that the C++ compiler {compiler} makes cannot be loaded: {error}") from error
 
 
 def _target(compiler: str) -> Path:
-    """Return the path of the library that this compiler makes for this CPU."""
+    """Return the file of the library that this compiler makes for this CPU."""
     version = _run([compiler, "--version"], timeout=20.0)
     try:
         sources = [path.read_text() for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])]
@@ -126,7 +126,7 @@ def _target(compiler: str) -> Path:
 
 
 def _build(compiler: str, target: Path) -> None:
-    """Compiles into a file of its own, which becomes the target in one step: other processes see all of it or none."""
+    """Compile into a file of its own, which becomes the target in one step: other processes see all of it or none."""
     try:
         with atomic_path(target) as temporary:
             for index, cpu in enumerate(THIS_CPU):
@@ -143,7 +143,7 @@ def _build(compiler: str, target: Path) -> None:
 
 
 def _run(command: list[str], timeout: float) -> str:
-    """Return the output of a compiler; raise `BackendError` with the first line of its message if it fails."""
+    """Run a compiler and return its output; raise `BackendError` with the first line of its errors if it fails."""
     try:
         done = subprocess.run(
             command,
@@ -166,7 +166,7 @@ def _run(command: list[str], timeout: float) -> str:
 
 
 def _cpu() -> str:
-    """The instructions of this CPU, as far as they are known: a home folder may be shared by machines."""
+    """Return the instructions of this CPU, as far as they are known: machines may share a home folder."""
     facts = cpu_facts()
     kept = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(f"{name}: {facts[name]}" for name in kept if name in facts) or platform.processor()

@@ -1,4 +1,4 @@
-"""The portable flow's lanes, reused memory and kept weights; its values on awkward sizes are in test_dispatcher.py."""
+"""The portable flow's tiles, reused memory and kept weights; its values on awkward sizes are in test_dispatcher.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbgad import reference
 from fastbgad.errors import ConfigError
 from fastbgad.flow_spec import FlowSpec
 from fastbgad.ops import PositionalRows, flow_forward, reused_memory
-from fastbgad.ops.flow.hidden_bias import FEWEST_LANE_ROWS, Chunk, RasterBias, row_chunks
+from fastbgad.ops.flow.hidden_bias import FEWEST_TILE_ROWS, Chunk, RasterBias, row_chunks
 from tests.flows import budget, double, lively_flow, relative_error, whole_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -21,17 +21,17 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 SPEC = FlowSpec(9, condition_channels=16, coupling_layers=3)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3, 16, 128])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 16, 128])
 @pytest.mark.parametrize("rows", [0, 1, 2, 127, 1023, 4096, 4099, 10_007])
-def test_chunks_cover_every_row_once(rows: int, lanes: int) -> None:
+def test_chunks_cover_every_row_once(rows: int, tiles: int) -> None:
     def check(chunks: list[Chunk]) -> None:
         assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
         for chunk in chunks:
-            assert chunk.lanes * chunk.lane_rows == chunk.stop - chunk.start
-            assert chunk.lanes == 1 or (chunk.lanes <= lanes and chunk.lane_rows >= FEWEST_LANE_ROWS)
-            assert chunk.stop - chunk.start <= max(4096, rows % lanes)
+            assert chunk.tiles * chunk.tile_rows == chunk.stop - chunk.start
+            assert chunk.tiles == 1 or (chunk.tiles <= tiles and chunk.tile_rows >= FEWEST_TILE_ROWS)
+            assert chunk.stop - chunk.start <= max(4096, rows % tiles)
 
-    check(list(row_chunks(rows, 4096, lanes)))
+    check(list(row_chunks(rows, 4096, tiles)))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_chunks_of_maps_end_with_their_lines(height: int, width: int, maps: int)
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
     for chunk in chunks:
         assert chunk.start % width == chunk.stop % width == 0
-        assert chunk.lanes * chunk.lane_rows == chunk.stop - chunk.start
+        assert chunk.tiles * chunk.tile_rows == chunk.stop - chunk.start
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -57,8 +57,8 @@ def threads(request: pytest.FixtureRequest):
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", ["few places", "many places", "dense", "raster"])
 @pytest.mark.parametrize("rows", [256, 1023, 4099])
-def test_lanes_forward_and_gradients(rows: int, kind: str) -> None:
-    """Chunks of the default size, so that rows are split into lanes and a remainder; float64, where no ReLU flips."""
+def test_tiles_forward_and_gradients(rows: int, kind: str) -> None:
+    """Chunks of the default size, so that rows are split into tiles and a remainder; float64, where no ReLU flips."""
     torch.manual_seed(rows)
     condition: PositionalRows | Tensor
     if kind == "few places":
