@@ -68,12 +68,12 @@ def test_the_readme_shows_the_budget() -> None:
 # Compiles the variants named on standard input. The gate's own processes read this file again.
 SELECTED = """
 import sys
-from fastbgad.kernels import resources
+from fastbgad.kernels.resources import command
 
 if __name__ == "__main__":
-    names, everything = sys.stdin.read().splitlines(), resources.collect
-    resources.collect = lambda only: ([job for job in everything()[0] if job[2].name in names], everything()[1])
-    sys.exit(resources.main(["--only", "these", *sys.argv[1:]]))
+    names, everything = sys.stdin.read().splitlines(), command.collect
+    command.collect = lambda only: ([job for job in everything()[0] if job[2].name in names], everything()[1])
+    sys.exit(command.main(["--only", "these", *sys.argv[1:]]))
 """
 
 
