@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ def axis_code(length: int, channels: int, dtype: torch.dtype, device: torch.devi
     Computed in float64: in float32 the angle of a position 1000 patches away is off by 6e-5.
     """
     key = length, channels, dtype, device
-    return cast(Tensor, _codes.get(key, device, lambda: _make_axis_code(*key)))
+    return _codes.get(key, device, lambda: _make_axis_code(*key))
 
 
 def _make_axis_code(length: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:

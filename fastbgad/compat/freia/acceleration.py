@@ -173,7 +173,7 @@ class AcceleratedState:
     def _matrix(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the matrix of a permutation index, made once per index, device and type."""
         key, state = (id(index), index.device, dtype), tensor_state([index])
-        return cast(Tensor, self._matrices.get(key, index.device, lambda: permutation_matrix(index, dtype), state))
+        return self._matrices.get(key, index.device, lambda: permutation_matrix(index, dtype), state)
 
     def make_picklable(self, flow: nn.Module) -> None:
         """Replace the lambdas that FrEIA keeps in its blocks, which cannot be pickled, by functions that can."""

@@ -96,7 +96,7 @@ _codes = DeviceCache[Tensor](64)
 def stacked_codes(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     """Return the codes of a map's lines above those of its columns, float32 [height + width, PP / 2], zero-padded."""
     key = height, width, channels, device
-    return cast(Tensor, _codes.get(key, device, lambda: _stack_codes(*key)))
+    return _codes.get(key, device, lambda: _stack_codes(*key))
 
 
 def _stack_codes(height: int, width: int, channels: int, device: torch.device) -> Tensor:
@@ -140,7 +140,7 @@ def _launch(
     """Return `fastbgad.kernels.flow.weights.FlowWeights` of contiguous float32 weights with a soft permutation."""
     from ...kernels.flow.pack import flow_pack
 
-    return tuple(
+    packed: Any = tuple(
         flow_pack(
             weights,
             codes,
@@ -153,6 +153,7 @@ def _launch(
             operand=torch.float16 if half else torch.float32,
         )
     )
+    return packed
 
 
 def fake_pack(weights: list[Tensor], codes: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:

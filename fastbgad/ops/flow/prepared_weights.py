@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class PreparedWeights:
 
     def values(self) -> list[PreparedFlow]:
         """Return the entries for later calls, the oldest first."""
-        return cast(list[PreparedFlow], self._entries.values())
+        return self._entries.values()
 
     def __reduce__(self) -> tuple[type[PreparedWeights], tuple[()]]:
         """Make copies and pickles start empty: entries belong to these very tensors."""
@@ -72,4 +71,4 @@ class PreparedWeights:
             return None
         prepare = backend.prepare
         key = backend.name, Geometry.of(condition, matmul_precision), call.dtype, x.device
-        return cast(PreparedFlow, self._entries.get(key, x.device, lambda: prepare(call), tensor_state(tensors)))
+        return self._entries.get(key, x.device, lambda: prepare(call), tensor_state(tensors))

@@ -252,20 +252,23 @@ def _launch_train_backward(
     rows = Rows(index, gather, condition, height, width).for_kernels(x)
     upstream = Upstream.of(lp, d_lp, d_log_det, d_z)
     scale = gradient_scale(upstream.d_lp / channels, upstream.d_log_det, upstream.d_z)
-    shape = {"channels": channels, "hidden": hidden, "clamp": clamp, "scaled_tanh": scaled_tanh}
-    tiles = {
+    shape: dict[str, Any] = {"channels": channels, "hidden": hidden, "clamp": clamp, "scaled_tanh": scaled_tanh}
+    tiles: dict[str, Any] = {
         "tiles": _tiles("flow_backward", x, packed),
         "weight_tiles": _tiles("flow_weight_gradient", x, packed),
     }
     total: FlowGradients | None = None
     d_x: list[Tensor] = []
     for part, chunk, activations in _chunks_with_activations(rows, weights, saved, len(lp), x, packed, shape):
+        share = upstream.part(part)
         gradients = flow_backward(
             chunk,
             weights,
             activations,
             lp[part],
-            *upstream.part(part),
+            share.d_lp,
+            share.d_log_det,
+            share.d_z,
             scale,
             condition_channels=condition_channels,
             want_dx=want_dx,
@@ -278,7 +281,7 @@ def _launch_train_backward(
             total = gradients
         else:
             sums = (a + b for a, b in zip(total[:-1], gradients[:-1], strict=True))
-            total = FlowGradients(*sums, None)
+            total = FlowGradients._make([*sums, None])
     assert total is not None
     return torch.cat(d_x) if want_dx else lp.new_empty(0), *total[:-1]
 
