@@ -31,8 +31,8 @@ PIP_QUIET := --quiet --disable-pip-version-check
 FROM_INDEX = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_QUIET) --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all test-lowest test-newest check bench bench-check bench-update bench-ratios bench-page gpu gpu-carry \
-	gpu-rehearsal resources clean
+.PHONY: demo test test-slow test-all test-lowest test-newest check bench bench-check bench-update bench-ratios \
+	bench-page gpu gpu-carry gpu-rehearsal resources clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastbgad demo --out runs/demo
@@ -82,8 +82,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --save-results $(ARGS)
 
 # Ratios to contenders timed in the same run, held against benchmarks/baselines/<machine>.json.
-bench-# mypy sees the package as it is installed: with the kernels in it, not with the file that leads a checkout to them.
-check: $(VENV)/installed
+bench-check: $(VENV)/installed
 	$(BIN)/python benchmarks/check.py check $(ARGS)
 
 bench-update: $(VENV)/installed
