@@ -58,8 +58,8 @@ NO_TRAINING = 'the wide flow trains on CUDA tensors; on a CPU use impl="torch"'
 def train(call: FlowCall, *, chunk_rows: int = CHUNK_ROWS) -> FlowResult:
     """Return lp [N], log_det [N] and z [N, C] if asked, float32.
 
-    Differentiable in x, a dense condition and all but W_perm. The backward saves nothing where that would be more than
-    `MOST_SAVED_BYTES`, unless `recompute` decides.
+    Differentiable in x, a dense condition and all but W_perm. Activations are saved for the backward up to
+    `MOST_SAVED_BYTES`, unless the option `recompute` decides.
 
     Args:
         call: with features of any type up to float32, and matmul precision "float16" or "float32", see above.
