@@ -55,7 +55,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     require_fallback("there is no C\\+\\+ compiler")
     monkeypatch.setenv("CXX", "no-such-compiler")
     native_build.forget()
-    require_fallback("CXX names the C\\+\\+ compiler no-such-compiler, which is not there")
+    require_fallback("CXX names the C\\+\\+ compiler no-such-compiler, which is not installed")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_two_processes_at_once(cache: Path, compiler: str) -> None:
     script = f"""
-from fastbgad.ops import native_build
+from fastbgad.ops.native import build as native_build
 native_build.FLAGS = {QUICK_FLAGS!r}
 print(native_build.library().flow_sizes is not None)
 """
