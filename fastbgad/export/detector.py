@@ -24,6 +24,7 @@ from ..model.detector import BGAD
 from ..model.scoring import DECISIONS
 from ..system.environment import choose_device, versions
 from ..system.files import atomic_path
+from ..wording import first_line
 from .check import Difference, check_file, check_images, compare, outputs_of
 from .formats import FORMATS, INPUT, ExportFormat
 from .graph import ExportedDetector, scoring_constants
@@ -177,7 +178,7 @@ def _explained(failure: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         # Exporters raise all kinds of errors, several with pages of text.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_REASON]
+        reason = first_line(error)[:_SHOWN_REASON]
         raise BackendError(f"{failure} ({reason}); {_REMEDY}") from error
     finally:
         logging.disable(disabled)

@@ -25,6 +25,7 @@ from ...backbones.timm_features import blank_extractor
 from ...backbones.weights import hub_overlay, load_weights
 from ...data import Split
 from ...errors import BackboneError, DataError, MissingDependencyError
+from ...wording import first_line
 from ..plan import PEERS
 from . import cflow_ad
 from .data import IMAGENET, SplitData, Statistics
@@ -296,7 +297,7 @@ def _no_weights(label: str, backbone: str, error: Exception) -> BackboneError:
 
 
 def _no_backbone(label: str, backbone: str, error: Exception) -> BackboneError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return BackboneError(f"anomalib cannot build {label} on {backbone} ({reason}); choose another peer.backbone")
 
 

@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 
 from ...data import Category, Split
 from ...errors import BackendError, ConfigError, DataError, FastBGADError, FeatureError
+from ...wording import first_line
 from ..plan import PEERS, Cell, Setup
 from .recipes import Recipe, recipe_of
 
@@ -167,7 +168,7 @@ def _clear_errors(what: str, recipe: Recipe, size: tuple[int, int]) -> Iterator[
     except FastBGADError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         # PyTorch has no class of its own for a CPU that runs out of memory.
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         if memory:
