@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from .layouts import Sample
 from .loading import LoadedSample, load_sample
+from .sample import Sample
 
 
 class DecodedImages:

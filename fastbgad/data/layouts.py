@@ -25,41 +25,11 @@ import numpy as np
 from ..errors import ConfigError, DataError, DatasetProblemsError, check_choice
 from ..wording import choose, did_you_mean
 from .images import IMAGE_SUFFIXES, image_size, read_image, read_mask
+from .sample import GOOD, Category, Sample
 
-GOOD = "good"
 Check: TypeAlias = Literal["full", "quick", "none"]
 _LAYOUTS = ("auto", "mvtec", "btad", "folder")
 _CHECK_THREADS = 8
-
-
-class Sample(NamedTuple):
-    """One image of a dataset, by its files."""
-
-    image: Path
-    mask: Path | None  # None for normal images
-    label: int  # 0 normal, 1 anomalous
-    defect: str  # "good", or the name of the anomaly's type
-
-    @property
-    def name(self) -> str:
-        """Type and file name, which together are unique among a category's test images."""
-        return f"{self.defect}/{self.image.name}"
-
-
-@dataclass(frozen=True)
-class Category:
-    """One category (one object or texture): what to train on and what to test on, sorted by type and file name."""
-
-    name: str
-    root: Path
-    layout: str
-    train: tuple[Sample, ...]
-    test: tuple[Sample, ...]
-
-    @property
-    def defects(self) -> tuple[str, ...]:
-        """The names of the anomaly types in the test set, sorted."""
-        return tuple(sorted({sample.defect for sample in self.test if sample.label}))
 
 
 @dataclass(frozen=True)

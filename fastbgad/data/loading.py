@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
 from .images import read_image, read_mask, resize_image, resize_mask
-from .layouts import Sample
+from .sample import Sample
 
 
 class LoadedSample(NamedTuple):

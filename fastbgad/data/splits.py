@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..wording import did_you_mean
-from .layouts import Category, Sample
+from .sample import Category, Sample
 
 
 @dataclass(frozen=True)

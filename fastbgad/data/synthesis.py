@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import functional as tv
 from ..errors import ConfigError, DataError
 from .decoded import DecodedImages
 from .foreground import foreground_mask
-from .layouts import Sample
 from .loading import LoadedSample, parse_size
+from .sample import Sample
 
 _CONTEXT = 8  # pixels of surroundings kept around a region: blur and interpolation read beyond the mask
 _ATTEMPTS = 10
