@@ -20,8 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..errors import DataError
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange height and width
 _SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
