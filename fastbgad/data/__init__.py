@@ -5,9 +5,10 @@ from __future__ import annotations
 from .decoded import DecodedImages
 from .demo import make_demo_dataset
 from .foreground import foreground_mask
-from .images import image_size, read_image, read_mask, resize_image, resize_mask
+from .images import image_size, read_image, resize_image
 from .layouts import FolderLayout, list_categories, open_category
 from .loading import Batch, LoadedSample, SampleImages, load_sample, parse_size, stream_batches
+from .masks import read_mask, resize_mask
 from .sample import Category, Sample
 from .splits import Split, split_known_anomalies
 from .synthesis import AnomalySynthesis, AugmentedAnomalies, rand_augment_cut_paste

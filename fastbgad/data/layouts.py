@@ -24,7 +24,9 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, DatasetProblemsError, check_choice
 from ..wording import choose, did_you_mean
-from .images import IMAGE_SUFFIXES, image_size, read_image, read_mask
+from .files import IMAGE_SUFFIXES
+from .images import image_size, read_image
+from .masks import read_mask
 from .sample import GOOD, Category, Sample
 
 Check: TypeAlias = Literal["full", "quick", "none"]

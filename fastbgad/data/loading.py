@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
-from .images import read_image, read_mask, resize_image, resize_mask
+from .images import read_image, resize_image
+from .masks import read_mask, resize_mask
 from .sample import Sample
 
 
@@ -47,13 +48,13 @@ def load_sample(sample: Sample, size: tuple[int, int]) -> LoadedSample:
     Raises:
         DataError: a file cannot be used, the mask has another size than its image, or an anomalous sample has none.
     """
-    image = read_image(sample.image)
+    image = read_image(sample.image, sample.decoding.bit_depth)
     if sample.label == 0:
         mask = np.zeros(size, dtype=bool)
     elif sample.mask is None:
         raise DataError(f"the anomalous image {sample.image} has no mask; add one to the dataset")
     else:
-        full_mask = read_mask(sample.mask)
+        full_mask = read_mask(sample.mask, sample.decoding.mask_threshold)
         if full_mask.shape != image.shape[:2]:
             raise DataError(
                 f"the mask {sample.mask} is {full_mask.shape[1]} x {full_mask.shape[0]} pixels but its image is "

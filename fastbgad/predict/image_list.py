@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.images import IMAGE_SUFFIXES
+from ..data.files import IMAGE_SUFFIXES
 from ..errors import DataError, OutputError
 from ..system.files import atomic_path
 

@@ -119,7 +119,12 @@ def test_missing_and_empty_files_are_named(tmp_path, read):
     refuses(read, tmp_path / "empty.png", "0 bytes", "copy it again")
     (tmp_path / "text.png").write_text("not an image at all")
     refuses(read, tmp_path / "text.png", "not an image")
-    refuses(read, tmp_path, "check the path")
+    (tmp_path / "folder.png").mkdir()
+    refuses(read, tmp_path / "folder.png", "check the path")
+    (tmp_path / "link.png").symlink_to(tmp_path / "annex" / "key")
+    refuses(read, tmp_path / "link.png", "a link to a file that does not exist", "git annex get")
+    (tmp_path / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refuses(read, tmp_path / "lfs.png", "pointer of Git LFS", "git lfs pull")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
@@ -149,49 +154,6 @@ def test_decompression_bomb_is_refused(tmp_path):
     )
     refuses(read_image, path, "too large")
     refuses(image_size, path, "too large")
-
-
-@pytest.mark.parametrize("value", [1, 128, 255])
-def test_masks_of_two_values(tmp_path, gray, value):
-    expected = gray > 100
-    for name, pixels in {
-        "L.png": expected.astype(np.uint8) * value,
-        "RGB.png": np.stack([expected.astype(np.uint8) * value] * 3, axis=2),
-        "16.png": expected.astype(np.uint16) * value,
-        "F.tif": expected.astype(np.float32) * value,
-    }.items():
-        mask = read_mask(save(tmp_path / name, pixels))
-        assert mask.dtype == bool
-        np.testing.assert_array_equal(mask, expected)
-
-
-def test_masks_of_one_bit_and_with_a_reversed_palette(tmp_path, gray):
-    expected = gray > 100
-    Image.fromarray(expected).save(tmp_path / "bit.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "bit.png"), expected)
-    # Index 0 is white here: the colors count, not the indices.
-    indexed = Image.fromarray((~expected).astype(np.uint8), mode="P")
-    indexed.putpalette([255, 255, 255, 0, 0, 0])
-    indexed.save(tmp_path / "palette.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), expected)
-
-
-@pytest.mark.parametrize("value", [0, 255])
-def test_masks_of_one_value(tmp_path, value):
-    mask = read_mask(save(tmp_path / "a.png", np.full(TALL, value, np.uint8)))
-    assert mask.shape == TALL
-    assert mask.all() == mask.any() == bool(value)
-
-
-def test_mask_with_three_values_is_refused(tmp_path):
-    pixels = np.zeros(TALL, np.uint8)
-    pixels[5:9], pixels[9] = 255, 128
-    refuses(read_mask, save(tmp_path / "a.png", pixels), "3 different values", "0, 128, 255", "threshold")
-    colored = np.zeros((*TALL, 3), np.uint8)
-    colored[5:9], colored[9] = (255, 0, 0), (0, 255, 0)
-    refuses(read_mask, save(tmp_path / "b.png", colored), "3 different values", "#ff0000")
-    pixels[pixels == 0] = 7
-    refuses(read_mask, save(tmp_path / "c.png", pixels), "7, 128, 255")
 
 
 def test_resized_images_are_antialiased_and_masks_stay_binary(rgb, gray):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbgad.data.images import IMAGE_SUFFIXES
+from fastbgad.data.files import IMAGE_SUFFIXES
 from fastbgad.errors import DataError, OutputError
 from fastbgad.predict.image_list import iterate_images, read_part, write_list
 
