@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..data import Sample, list_categories, open_category, read_image, read_mask, resize_mask
 from ..data.generated import write_noise_images
-from ..data.layouts import GOOD
+from ..data.layouts import Layout
+from ..data.sample import GOOD
 from ..errors import ConfigError, DataError
 from ..predict.local import find_images
 
@@ -49,7 +50,7 @@ class BenchImages(NamedTuple):
         return text
 
 
-def open_images(data: Path, category: str | None, layout: str, most_images: int, seed: int) -> BenchImages:
+def open_images(data: Path, category: str | None, layout: Layout, most_images: int, seed: int) -> BenchImages:
     """Choose images of a folder at random; those that cannot be read are left out and named.
 
     Args:
@@ -102,7 +103,7 @@ def truth_masks(images: BenchImages, side: int, seed: int) -> Tensor:
     return torch.from_numpy(masks)
 
 
-def _list_samples(data: Path, category: str | None, layout: str) -> list[Sample]:
+def _list_samples(data: Path, category: str | None, layout: Layout) -> list[Sample]:
     if category is not None or layout != "auto" or (data.is_dir() and list_categories(data, layout)):
         return list(open_category(data, category, layout, check="none").test)
     return [Sample(path, None, 0, GOOD) for path in find_images([data])]

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
 from ..backbones import Standardize
-from ..data.layouts import Check as Check
+from ..data.inspection import Check as Check
+from ..data.layouts import Layout as Layout
 from ..errors import Notice
 
 Preset = Literal["official", "short", "demo"]
 STANDARDIZE: dict[Preset, Standardize] = {"official": "none", "short": "whiten", "demo": "whiten"}
 """What each preset does to features: the official code leaves them as they are; few passes need them on one scale."""
-Layout = Literal["auto", "mvtec", "btad", "folder"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 # former name of an option -> its name

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from .category import list_categories, open_category
 from .decoded import DecodedImages
 from .demo import make_demo_dataset
-from .foreground import foreground_mask
-from .images import image_size, read_image, resize_image
-from .layouts import FolderLayout, list_categories, open_category
+from .images import image_size, read_image, read_mask, resize_image, resize_mask
+from .layouts import FolderLayout
 from .loading import Batch, LoadedSample, SampleImages, load_sample, parse_size, stream_batches
-from .masks import read_mask, resize_mask
 from .sample import Category, Sample
 from .splits import Split, split_known_anomalies
 from .synthesis import AnomalySynthesis, AugmentedAnomalies, rand_augment_cut_paste
@@ -24,7 +23,6 @@ __all__ = [
     "Sample",
     "SampleImages",
     "Split",
-    "foreground_mask",
     "image_size",
     "list_categories",
     "load_sample",

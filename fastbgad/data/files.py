@@ -79,7 +79,7 @@ class ImageSearch:
 
         Args:
             folder: where to search.
-            prefix: what the yielded paths begin with, in place of the folder and a separator.
+            prefix: another spelling of the folder and a separator, which the yielded paths begin with: "" for ".".
 
         Raises:
             DataError: a folder cannot be listed, for another reason than its rights.

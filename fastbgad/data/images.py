@@ -19,7 +19,7 @@ from ..errors import DataError
 from .image_file import opened, orientation_of
 from .masks import read_mask as read_mask
 from .masks import resize_mask as resize_mask
-from .wide_pixels import check_bit_depth, read_wide_pixels, to_bytes
+from .wide_pixels import check_bit_depth, is_wide, read_wide_pixels, to_bytes
 
 _WIDTH, _HEIGHT = 256, 257  # tags of a TIFF file
 
@@ -66,6 +66,17 @@ def largest_wide_value(path: str | Path) -> int | None:
     with opened(path) as image:
         wide = read_wide_pixels(path, image)
     return None if wide is None or wide.scaled or wide.bits < 16 else int(wide.values.max(initial=0))
+
+
+def stored_bits(path: str | Path) -> int:
+    """Return how many bits each value of an image file takes: 8, 16, or 32 for floating point; from its header.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    path = Path(path)
+    with opened(path) as image:
+        return 32 if image.mode == "F" else 16 if is_wide(path, image) else 8
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class WidePixels(NamedTuple):
     """True if the decoder has brought the values to all bits."""
 
 
-def read_wide_pixels(path: Path, image: Image.Image) -> WidePixels | None:
+def read_wide_pixels(path: Path, image: Any) -> WidePixels | None:
     """Return the pixels of an image opened from `path` with all their bits; None for one of 8 bits, or of floats.
 
     Raises:
@@ -58,6 +58,16 @@ def read_wide_pixels(path: Path, image: Image.Image) -> WidePixels | None:
     scaled = image.format == "JPEG2000" or (image.format == "PPM" and image.tile[0][0] != "raw")
     ImageOps.exif_transpose(image, in_place=True)
     return WidePixels(_checked(path, np.array(image)), 16, scaled)
+
+
+def is_wide(path: Path, image: Any) -> bool:
+    """Return True if an image opened from `path` has more than 8 bits, without decoding it."""
+    if image.mode in SIXTEEN_BIT_MODES or (image.format == "PNG" and _is_wide_png(path)):
+        return True
+    if image.format == "PPM":
+        options = image.tile[0][3]
+        return image.mode == "RGB" and isinstance(options, tuple) and int(options[1]) > 255
+    return image.format == "TIFF" and max(image.tag_v2.get(_BITS, (1,))) == 16
 
 
 def to_bytes(path: Path, wide: WidePixels, bit_depth: int | None) -> NDArray[np.uint8]:

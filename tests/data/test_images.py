@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastbgad.data import foreground_mask, image_size, read_image, read_mask, resize_image, resize_mask
-from fastbgad.data.foreground import otsu_threshold
+from fastbgad.data import image_size, read_image, read_mask, resize_image, resize_mask
+from fastbgad.data.foreground import foreground_mask, otsu_threshold
 from fastbgad.errors import DataError
 from tests.make_data import save
 

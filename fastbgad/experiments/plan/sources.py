@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from ...data import Category, open_category
-from ...data.layouts import Check
+from ...data.inspection import Check
 from ...errors import DataError
 from .cells import Cell, Dataset
 from .protocol_file import dataset_facts

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fastbgad.data import FolderLayout, list_categories, open_category
-from fastbgad.errors import ConfigError, DataError, DatasetProblemsError
+from fastbgad.errors import ConfigError, DataError, DatasetProblemsError, Notice
 from tests.make_data import make_btad, make_folder_dataset, make_mvtec, normal_image, save
 
 
@@ -67,7 +67,9 @@ def test_roots_without_a_category(tmp_path):
 
 def test_unknown_options(tmp_path):
     make_mvtec(tmp_path)
-    with pytest.raises(ConfigError, match="'visa'"):
+    with pytest.raises(ConfigError, match=r"'visa2'.*visa, "):
+        open_category(tmp_path, layout="visa2")
+    with pytest.raises(DataError, match="no category of the layout 'visa'"):
         open_category(tmp_path, layout="visa")
     with pytest.raises(ConfigError, match="'fast'"):
         open_category(tmp_path, check="fast")
@@ -203,13 +205,36 @@ def test_folders_of_no_images(tmp_path):
     the_problem(tmp_path, folder / "train/good", "does not exist")
 
 
-def test_nothing_to_test_on(tmp_path):
-    folder = make_mvtec(tmp_path, types=())
-    the_problem(tmp_path, folder / "test", "no folder of anomalous images")
-    plain = make_folder_dataset(tmp_path / "plain", anomalies=0)
-    the_problem(plain, plain / "anomalous", "does not exist")
+def test_one_normal_image(tmp_path):
     single = make_folder_dataset(tmp_path / "single", normals=1)
     the_problem(single, single / "normal", "one image")
+
+
+def test_normal_images_only(tmp_path):
+    folder = make_mvtec(tmp_path, types=())
+    with pytest.warns(Notice, match="normal images only.*--method nfad"):
+        category = open_category(tmp_path)
+    assert (len(category.train), len(category.test), category.defects) == (4, 2, ())
+    shutil.rmtree(folder / "test")
+    shutil.rmtree(folder / "ground_truth", ignore_errors=True)
+    with pytest.warns(Notice, match=r"no folder test/: 1 normal image \(20%\)"):
+        category = open_category(tmp_path)
+    assert (len(category.train), len(category.test)) == (3, 1)
+    plain = make_folder_dataset(tmp_path / "plain", anomalies=0)
+    with pytest.warns(Notice, match="normal images only"):
+        assert open_category(plain).defects == ()
+
+
+def test_no_masks_at_all(tmp_path):
+    folder = make_mvtec(tmp_path)
+    shutil.rmtree(folder / "ground_truth")
+    plain = make_folder_dataset(tmp_path / "plain")
+    shutil.rmtree(plain / "masks")
+    for root, masks, number in ((folder, "ground_truth", 4), (plain, "masks", 3)):
+        with pytest.warns(Notice, match=f"{masks} holds no masks: .*nfad.*image AUROC"):
+            category = open_category(root)
+        assert [sample.mask for sample in category.test if sample.label] == [None] * number
+        assert not category.has_masks
 
 
 def test_images_given_twice(tmp_path):
