@@ -112,7 +112,7 @@ def not_measured(evaluation: Evaluation) -> str:
     """Return a sentence that says which metrics are not defined, or leave images out, and why; empty if none."""
     anomalous = [sample for sample in evaluation.samples if sample.label]
     if not anomalous:
-        return "Not measured: AUROC and AUPRO need anomalous test images, and there are none."
+        return "AUROC and AUPRO need anomalous test images, and there are none."
     masks, maskless = evaluation.masks[evaluation.has_truth], sum(sample.mask is None for sample in anomalous)
     height, width = evaluation.masks.shape[1:]
     reasons = []
@@ -121,14 +121,15 @@ def not_measured(evaluation: Evaluation) -> str:
     if maskless == len(anomalous):
         reasons.append("pixel AUROC and AUPRO need masks of anomalous images, and there are none")
     elif not masks.any():
-        reasons.append(f"pixel AUROC and AUPRO need anomalous pixels, and no mask has one left at {height} x {width}")
+        reasons.append(f"pixel AUROC and AUPRO need anomalous pixels, and no mask has one at {height} x {width}")
     elif masks.all():
         reasons.append("pixel AUROC and AUPRO need normal pixels, and there are none")
     elif maskless:
         reasons.append(
             f"pixel AUROC and AUPRO leave out {maskless} of {len(anomalous)} anomalous images, which have no mask"
         )
-    return f"Not measured: {'; '.join(reasons)}." if reasons else ""
+    sentence = "; ".join(reasons)
+    return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""
 
 
 def metrics_dict(metrics: Metrics) -> dict[str, float | None]:
