@@ -169,7 +169,7 @@ class CellRunner:
             self._features = ImageFeatures(
                 backbone,
                 self.setup.image_size,
-                [*self.category.train, *self.category.test],
+                [*self.category.train, *self.category.test, *self.category.known],
                 self.category.train,
                 spare,
                 store=StoreOptions(device=self.device, cell_labels=config.anomalies.cell_labels),

@@ -195,6 +195,16 @@ def test_cells_need_all_metrics(runner: CellRunner, monkeypatch: pytest.MonkeyPa
             runner.run([cell("nfad", num_anomalies=0)])
 
 
+def test_anomalies_set_aside_for_training_spare_the_test(category: Category) -> None:
+    aside = tuple(s for s in category.test if s.label)[::2]
+    split = replace(category, test=tuple(s for s in category.test if s not in aside), known=aside)
+    runner = CellRunner(SETUP, split, "mvtec", device=CPU)
+    (result,) = runner.run([cell("bgad")])
+    runner.close()
+    assert set(result.known_anomalies) < {sample.name for sample in aside}
+    assert result.n_test == len(split.test)
+
+
 def test_an_unknown_override(runner: CellRunner) -> None:
     with pytest.raises(ConfigError, match=r"no option 'loss\.gamma'"):
         runner.run([cell(overrides=(("loss.gamma", 1.0),))])
