@@ -123,8 +123,9 @@ class ScheduleConfig:
 class AnomalyConfig:
     """The labeled anomalies that are known, and what is synthesized from them."""
 
-    num_anomalies: int = 10
-    """Known anomalies drawn from the test set, which they then leave."""
+    num_anomalies: int | None = None
+    """Known anomalies drawn from the test set, which they then leave. None: 10, or half of the anomalous images where
+    that is fewer (with per_type of each type)."""
     per_type: bool = False
     """Draw num_anomalies of every defect type instead of in total."""
     repeat: int = 5
@@ -139,7 +140,7 @@ class AnomalyConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_anomalies", "repeat", "cut_paste"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")
         check_choice("cell_labels", self.cell_labels, CellLabels)
         if self.refresh < 1:

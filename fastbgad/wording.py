@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
-def count(number: int, noun: str) -> str:
-    """Return a number of things, such as 1 cell or 2 cells."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things, such as 1 cell or 2 cells; `plural` is for nouns that take more than an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -27,6 +27,7 @@ def test_first_line_of_an_error(error: Exception, text: str) -> None:
 @pytest.mark.parametrize(("number", "text"), [(0, "0 cells"), (1, "1 cell"), (2, "2 cells")])
 def test_counts(number: int, text: str) -> None:
     assert count(number, "cell") == text
+    assert count(number, "anomaly", "anomalies").partition(" ")[2] == ("anomaly" if number == 1 else "anomalies")
 
 
 @pytest.mark.parametrize(

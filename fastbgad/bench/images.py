@@ -105,7 +105,8 @@ def truth_masks(images: BenchImages, side: int, seed: int) -> Tensor:
 
 def _list_samples(data: Path, category: str | None, layout: Layout) -> list[Sample]:
     if category is not None or layout != "auto" or (data.is_dir() and list_categories(data, layout)):
-        return list(open_category(data, category, layout, check="none").test)
+        opened = open_category(data, category, layout, check="none")
+        return list(opened.test or opened.train)  # a category of normal images alone may have no test
     return [Sample(path, None, 0, GOOD) for path in find_images([data])]
 
 

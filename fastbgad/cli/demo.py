@@ -108,7 +108,7 @@ def train_on_texture(name: str, split: Split, config: TrainConfig, folder: Path,
         result = fit(model, split, config, run_dir=folder, resume=resume, on_progress=on_progress)
     evaluation = evaluate_model(model, split.test)
     write_metrics(folder, model, evaluation, result)
-    values = "  ".join(f"{c} {v:.4f}" for c, v in zip(COLUMNS, metric_values(evaluation), strict=True))
+    values = "  ".join(f"{c} {console.decimals(v)}" for c, v in zip(COLUMNS, metric_values(evaluation), strict=True))
     print(f"{name} · {method}: {values}  ({result.seconds:.0f} s)", flush=True)
     return TextureRun(model, evaluation, result)
 

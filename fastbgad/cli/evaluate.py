@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,21 @@ from ..data import open_category
 from ..evaluate import CalibrationName, Evaluation, false_alarms, run_report
 from ..evaluate.metrics import official_pro
 from ..evaluate.report import write_report
+from ..evaluate.unseen import unseen_samples
 from ..model.detector import BGAD
 from ..render import console
 from ..system.environment import choose_device, versions
 from ..system.files import make_folder
 from .options import Check, Layout
-from .results import REPORT_FILE, evaluate_with_bar, method_of, print_decisions, print_metrics, write_metrics
+from .results import (
+    REPORT_FILE,
+    evaluate_with_bar,
+    method_of,
+    print_decisions,
+    print_metrics,
+    tell_vanished,
+    write_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +61,10 @@ class Evaluate:
         """Evaluate the model, print the metrics and, if asked to, write them; return the exit code."""
         model = BGAD.load(self.model, device=choose_device(self.device))
         category = open_category(self.data, self.category, self.layout, self.check)
-        known = set(model.history.get("known_anomalies", ()))
-        samples = [s for s in category.test if s.name not in known]
-        if len(samples) < len(category.test):
-            print(f"left out: {len(category.test) - len(samples)} test images that the model was trained on")
+        samples, left_out = unseen_samples(model.history, category.test)
+        if left_out:
+            print(f"left out: {left_out}")
+        tell_vanished(samples, model.image_size, trained=True)
         evaluation = evaluate_with_bar(
             category.name,
             model,
@@ -67,8 +77,7 @@ class Evaluate:
         print_decisions(false_alarms(model, evaluation))
         facts: dict[str, object] = {}
         if self.official_pro:
-            pro = official_pro(evaluation.maps, evaluation.masks, self.pro_limit)
-            facts["official PRO"] = f"{pro:.4f}"
+            facts["official PRO"] = console.decimals(_official_pro(evaluation, self.pro_limit))
         if not model.calibrated:
             facts["decisions"] = "none: the model has no calibration"
         if facts:
@@ -76,6 +85,14 @@ class Evaluate:
         if self.out is not None:
             write_results(make_folder(self.out), category.name, model, evaluation)
         return 0
+
+
+def _official_pro(evaluation: Evaluation, limit: float) -> float:
+    """Return the official PRO; NaN where the AUPRO is not defined either, for the same reason."""
+    if math.isnan(evaluation.metrics.aupro):
+        return math.nan
+    known = evaluation.has_truth
+    return official_pro(evaluation.maps[known], evaluation.masks[known], limit)
 
 
 def write_results(folder: Path, category: str, model: BGAD, evaluation: Evaluation) -> None:

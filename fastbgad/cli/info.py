@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluate.unseen import KNOWN_FILES, KNOWN_NAMES
 from ..model.detector import BGAD
 from ..render import console
 from ..system.environment import machine, versions
@@ -38,7 +39,15 @@ def print_model(path: Path) -> None:
         "parameters of the flows": f"{sum(p.numel() for p in model.flows.parameters() if p.requires_grad):,}",
         "score at b_n, b_a": thresholds,
         "passes trained": len(model.history.get("passes", [])),
-        "known anomalies": len(model.history.get("known_anomalies", [])),
+        "known anomalies": _known_anomalies(model),
     }
     console.print_facts(facts)
     print(json.dumps(model.architecture(), indent=2))
+
+
+def _known_anomalies(model: BGAD) -> str:
+    """Return the number of known anomalies, and how `evaluate` recognizes them."""
+    number = len(model.history.get(KNOWN_NAMES, []))
+    if not number:
+        return "0"
+    return f"{number}, recognized by {'content' if KNOWN_FILES in model.history else 'name alone (an older file)'}"

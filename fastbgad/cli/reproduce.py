@@ -19,6 +19,7 @@ from ..backbones.packaged import is_installed
 from ..backbones.weights import resolve_weights
 from ..config import PRESETS, AnomalyConfig, FlowConfig, LossConfig, ScheduleConfig, TrainConfig
 from ..data import Category
+from ..data.splits import USUAL_KNOWN
 from ..errors import ConfigError
 from ..evaluate.evaluation import CalibrationName
 from ..experiments.plan import (
@@ -185,8 +186,7 @@ class Reproduce:
         Raises:
             ConfigError: an option that each protocol decides was given.
         """
-        usual = AnomalyConfig()
-        if (self.anomalies.num_anomalies, self.anomalies.per_type) != (usual.num_anomalies, usual.per_type):
+        if self.anomalies.num_anomalies not in (None, USUAL_KNOWN) or self.anomalies.per_type:
             raise ConfigError(
                 "how many anomalies are known is decided by each protocol, in total; to change it for all, give "
                 "--num-anomalies in place of --anomalies.num-anomalies or --anomalies.per-type"

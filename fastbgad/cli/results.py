@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import METHOD_NAMES, TrainConfig
 from ..data import Sample
-from ..evaluate import Evaluation, evaluate_model, false_alarms, metrics_dict, run_report
+from ..data.vanished import vanished_masks
+from ..errors import Notice
+from ..evaluate import Evaluation, evaluate_model, false_alarms, metrics_dict, not_measured, run_report
 from ..evaluate.report import RunReport
 from ..model.detector import BGAD
 from ..render import console
@@ -48,24 +51,54 @@ def write_metrics(folder: Path, model: BGAD, evaluation: Evaluation, result: Fit
     write_json(folder / METRICS_FILE, {**content, "machine": machine(), "versions": versions()})
 
 
+def write_untested(folder: Path, result: FitResult) -> None:
+    """Write metrics.json of a training without any test image: no metric has a value."""
+    names: dict[str, Any] = dict.fromkeys(("image_auroc", "pixel_auroc", "aupro", "pro_limit"))
+    counts = {"n_images": 0, "n_anomalous": 0, "n_regions": 0}
+    seconds = {"seconds": result.seconds, "feature_seconds": result.feature_seconds}
+    write_json(folder / METRICS_FILE, {**names, **counts, **seconds, "machine": machine(), "versions": versions()})
+
+
+def tell_vanished(samples: Sequence[Sample], size: tuple[int, int], trained: bool = False) -> None:
+    """Issue a notice about masks of which no pixel is left at a model's size, if there are any.
+
+    Args:
+        samples: test images and known anomalies.
+        size: (height, width) of the model.
+        trained: True if the model is trained already, so that another size takes another training.
+    """
+    masks = vanished_masks(samples, size)
+    if masks.by_type:
+        remedy = masks.remedy()
+        if trained and masks.smallest_size() is not None:
+            remedy = f"training with {remedy}"
+        warnings.warn(f"{masks.sentence()}: pixel metrics cannot see them; {remedy}", Notice, stacklevel=2)
+
+
 def print_metrics(rows: Sequence[tuple[str, str, Evaluation]]) -> None:
-    """Print a table of the metrics, a row for each (category, method, evaluation)."""
+    """Print a table of the metrics, a row for each (category, method, evaluation), and what was not measured."""
     console.print_table(
         "Test images",
         ("category", "method", *COLUMNS),
         [(category, method, *metric_values(evaluation)) for category, method, evaluation in rows],
     )
+    for reason in dict.fromkeys(filter(None, (not_measured(evaluation) for _, _, evaluation in rows))):
+        print(reason)
 
 
 def print_decisions(shares: Mapping[str, float]) -> None:
     """Print the shares of test images beyond the explicit boundary, nothing for a model without one."""
     rows = [
-        (edge, f"{shares[f'anomalous_images_beyond_{edge}']:.1%}", f"{shares[f'normal_images_beyond_{edge}']:.1%}")
+        (edge, *(_percent(shares.get(f"{kind}_images_beyond_{edge}")) for kind in ("anomalous", "normal")))
         for edge in ("b_n", "b_a")
         if shares
     ]
     if rows:
         console.print_table("Test images beyond the boundary", ("boundary", "anomalous", "normal"), rows)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
 
 
 def report_of(category: str, config: TrainConfig, model: BGAD, evaluation: Evaluation, result: FitResult) -> RunReport:

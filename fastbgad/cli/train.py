@@ -13,7 +13,8 @@ import tyro
 
 from ..backbones import Standardize, create_backbone
 from ..config import METHOD_NAMES, PRESETS, TrainConfig
-from ..data import Sample, open_category, split_known_anomalies
+from ..data import Category, Sample, Split, open_category, split_known_anomalies
+from ..data.splits import known_pool
 from ..errors import BackboneError
 from ..evaluate.evaluation import false_alarms
 from ..evaluate.report import write_report
@@ -24,8 +25,19 @@ from ..render import console
 from ..system.ranks import device_of, find_rank, threads_of
 from ..train import MODEL_FILE, FitResult, fit
 from ..train.data_parallel import DataParallel, process_group
+from ..train.items import check_images
+from ..wording import count
 from .options import STANDARDIZE, Check, Dtype, Layout, Preset
-from .results import REPORT_FILE, evaluate_with_bar, print_decisions, print_metrics, report_of, write_metrics
+from .results import (
+    REPORT_FILE,
+    evaluate_with_bar,
+    print_decisions,
+    print_metrics,
+    report_of,
+    tell_vanished,
+    write_metrics,
+    write_untested,
+)
 
 
 @dataclass(frozen=True)
@@ -113,13 +125,13 @@ class Train:
         category = open_category(self.data, self.category, self.layout, check)
         known = config.anomalies.num_anomalies if config.uses_anomalies else 0
         split = split_known_anomalies(category, known, config.anomalies.per_type, config.seed, self.types or None)
+        check_images(split, config)  # before the backbone's weights are loaded
+        if rank.is_first:
+            tell_vanished([*split.known_anomalies, *split.test], self.image_size)
         model = self._new_model(device)
         if rank.is_first:
             shared = f", {rank.world} processes" if rank.world > 1 else ""
-            print(
-                f"{category.name}: {len(split.normals)} normal images, {len(split.known_anomalies)} known anomalies, "
-                f"{len(split.test)} test images; {METHOD_NAMES[config.method]} on {device}{shared}"
-            )
+            print(f"{images_text(category, split)}; {METHOD_NAMES[config.method]} on {device}{shared}")
         bar = console.training_bar(category.name) if rank.is_first else nullcontext()
         with process_group(rank, device) as parallel, bar as on_progress:
             if parallel is not None:
@@ -164,6 +176,10 @@ class Train:
     def _evaluate(self, category: str, model: BGAD, samples: Sequence[Sample], result: FitResult) -> None:
         """Measure the trained model; print and write the metrics and the report."""
         method = METHOD_NAMES[self.training.method]
+        if not samples:
+            write_untested(self.out, result)
+            print(f"nothing was measured: the category has no test image\nmodel:  {self.out / MODEL_FILE}")
+            return
         evaluation = evaluate_with_bar(category, model, samples, self.workers)
         write_metrics(self.out, model, evaluation, result)
         print_metrics([(category, method, evaluation)])
@@ -173,6 +189,18 @@ class Train:
             write_report(self.out / REPORT_FILE, [report], f"{category}: {method}")
             print(f"report: {self.out / REPORT_FILE}")
         print(f"model:  {self.out / MODEL_FILE}")
+
+
+def images_text(category: Category, split: Split) -> str:
+    """Return how many images of a category are trained on, how many are known anomalies, and what the test has."""
+    parts = [count(len(split.normals), "normal image")]
+    if split.known_anomalies:
+        known = count(len(split.known_anomalies), "known anomaly", "known anomalies")
+        left = sum(sample.label for sample in split.test)
+        remain = "" if category.known else f", {left} {'remains' if left == 1 else 'remain'} for the test"
+        parts.append(f"{known} of {len(known_pool(category))}{remain}")
+    parts.append(count(len(split.test), "test image"))
+    return f"{category.name}: {', '.join(parts)}"
 
 
 def train_defaults(preset: Preset) -> Train:

@@ -23,7 +23,7 @@ class LoadedSample(NamedTuple):
     """An image and its mask at the size asked for."""
 
     image: Tensor  # uint8 [3, h, w]
-    mask: Tensor  # bool [h, w]; all False for a normal image
+    mask: Tensor  # bool [h, w]; all False for a normal image, and for an anomalous one without a mask
 
 
 class Batch(NamedTuple):
@@ -42,17 +42,22 @@ def parse_size(size: int | Sequence[int]) -> tuple[int, int]:
     return sides
 
 
-def load_sample(sample: Sample, size: tuple[int, int]) -> LoadedSample:
+def load_sample(sample: Sample, size: tuple[int, int], *, needs_mask: bool = True) -> LoadedSample:
     """Read a sample and resize it to `size` (height, width); see `read_image`, `read_mask`, `resize_image`.
+
+    Args:
+        sample: an image with its mask.
+        size: (height, width) in pixels.
+        needs_mask: refuse an anomalous sample without mask; otherwise its mask is all False, which is not its truth.
 
     Raises:
         DataError: a file cannot be used, the mask has another size than its image, or an anomalous sample has none.
     """
-    image = read_image(sample.image, sample.decoding.bit_depth)
-    if sample.label == 0:
-        mask = np.zeros(size, dtype=bool)
-    elif sample.mask is None:
+    if sample.label and sample.mask is None and needs_mask:
         raise DataError(f"the anomalous image {sample.image} has no mask; add one to the dataset")
+    image = read_image(sample.image, sample.decoding.bit_depth)
+    if sample.label == 0 or sample.mask is None:
+        mask = np.zeros(size, dtype=bool)
     else:
         full_mask = read_mask(sample.mask, sample.decoding.mask_threshold)
         if full_mask.shape != image.shape[:2]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .evaluation import CalibrationName, Evaluation, evaluate_model, false_alarms, metrics_dict
+from .evaluation import CalibrationName, Evaluation, evaluate_model, false_alarms, metrics_dict, not_measured
 from .metrics import Metrics, PixelMetrics, aupro, auroc, official_pro, pixel_metrics
 from .report import ImageRow, LevelHistogram, RunReport, image_rows, level_histograms, run_report, write_report
 
@@ -21,6 +21,7 @@ __all__ = [
     "image_rows",
     "level_histograms",
     "metrics_dict",
+    "not_measured",
     "official_pro",
     "pixel_metrics",
     "run_report",

@@ -25,6 +25,7 @@ come as float16, bfloat16 or integers) plus about 50 bytes, and 16 per thread, f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -54,7 +55,10 @@ class PixelMetrics(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """All metrics of one test set; `pro_limit` is the largest FPR that `aupro` integrates to."""
+    """All metrics of one test set; `pro_limit` is the largest FPR that `aupro` integrates to.
+
+    NaN stands for what the test set does not define; see `measure`.
+    """
 
     image_auroc: float
     pixel_auroc: float
@@ -120,18 +124,44 @@ def evaluate(
     Raises:
         MetricError: as `auroc` and `pixel_metrics`; also a normal image whose mask has anomalous pixels.
     """
-    _check_limit(pro_limit)
-    scores, anomalous = _checked_pair(image_scores, labels, "the image scores", "the labels")
-    map_list, mask_list = _checked_maps(maps, masks)
-    if scores.shape != (len(map_list),):
-        raise MetricError(f"{len(map_list)} maps but image scores of shape {scores.shape}; give one score per map")
-    for index, mask in enumerate(mask_list):
-        if not anomalous[index] and mask.any():
-            raise MetricError(f"image {index} is labeled normal but its mask has anomalous pixels; correct one of them")
-    image_auroc = _rank(scores[~anomalous], scores[anomalous], "image").auroc()
-    pixel = _pixel_metrics(map_list, mask_list, pro_limit)
-    n_anomalous = int(np.count_nonzero(anomalous))
-    return Metrics(image_auroc, pixel.auroc, pixel.aupro, pro_limit, scores.size, n_anomalous, pixel.n_regions)
+    images = _checked_images(maps, masks, image_scores, labels, pro_limit)
+    image_auroc = _rank(images.scores[~images.anomalous], images.scores[images.anomalous], "image").auroc()
+    return images.metrics(image_auroc, _pixel_metrics(images.maps, images.masks, pro_limit))
+
+
+def measure(
+    maps: ArrayLike,
+    masks: ArrayLike,
+    image_scores: ArrayLike,
+    labels: ArrayLike,
+    pro_limit: float = 0.3,
+    has_truth: ArrayLike | None = None,
+) -> Metrics:
+    """Return the metrics as `evaluate` does, with NaN in place of an error for those that a test set does not define.
+
+    Image AUROC needs normal and anomalous images; pixel AUROC and AUPRO need normal and anomalous pixels.
+
+    Args:
+        maps, masks, image_scores, labels, pro_limit: as `evaluate`.
+        has_truth: [N], False for images whose masks do not tell their truth; these count for the image AUROC alone.
+
+    Raises:
+        MetricError: as `evaluate`, except for a class without images or pixels.
+    """
+    images = _checked_images(maps, masks, image_scores, labels, pro_limit)
+    normal, anomalous = images.scores[~images.anomalous], images.scores[images.anomalous]
+    image_auroc = _rank(normal, anomalous, "image").auroc() if normal.size and anomalous.size else math.nan
+    known = np.ones(len(images.maps), dtype=bool) if has_truth is None else _to_numpy(has_truth).astype(bool)
+    if known.shape != (len(images.maps),):
+        raise MetricError(f"{len(images.maps)} maps but has_truth of shape {known.shape}; give one value per map")
+    map_list = [scores for scores, told in zip(images.maps, known, strict=True) if told]
+    mask_list = [mask for mask, told in zip(images.masks, known, strict=True) if told]
+    pixels, n_anomalous = sum(mask.size for mask in mask_list), sum(map(np.count_nonzero, mask_list))
+    if 0 < n_anomalous < pixels:
+        pixel = _pixel_metrics(map_list, mask_list, pro_limit)
+    else:
+        pixel = PixelMetrics(math.nan, math.nan, label_regions(mask_list).sizes.size)
+    return images.metrics(image_auroc, pixel)
 
 
 def official_pro(maps: ArrayLike, masks: ArrayLike, limit: float = 0.3, steps: int = 1000) -> float:
@@ -191,6 +221,34 @@ def official_pro(maps: ArrayLike, masks: ArrayLike, limit: float = 0.3, steps: i
         )
     fpr = (fpr - fpr[0]) / (fpr[-1] - fpr[0])
     return float(np.sum(np.diff(fpr) * (pro[1:] + pro[:-1]) / 2))
+
+
+class _Images(NamedTuple):
+    """Images whose shapes, values and labels fit together."""
+
+    maps: list[Array]
+    masks: list[Mask]
+    scores: Array  # [N]
+    anomalous: NDArray[np.bool_]  # [N]
+    pro_limit: float
+
+    def metrics(self, image_auroc: float, pixel: PixelMetrics) -> Metrics:
+        counts = self.scores.size, int(np.count_nonzero(self.anomalous)), pixel.n_regions
+        return Metrics(image_auroc, pixel.auroc, pixel.aupro, self.pro_limit, *counts)
+
+
+def _checked_images(
+    maps: ArrayLike, masks: ArrayLike, image_scores: ArrayLike, labels: ArrayLike, pro_limit: float
+) -> _Images:
+    _check_limit(pro_limit)
+    scores, anomalous = _checked_pair(image_scores, labels, "the image scores", "the labels")
+    map_list, mask_list = _checked_maps(maps, masks)
+    if scores.shape != (len(map_list),):
+        raise MetricError(f"{len(map_list)} maps but image scores of shape {scores.shape}; give one score per map")
+    for index, mask in enumerate(mask_list):
+        if not anomalous[index] and mask.any():
+            raise MetricError(f"image {index} is labeled normal but its mask has anomalous pixels; correct one of them")
+    return _Images(map_list, mask_list, scores, anomalous, pro_limit)
 
 
 class _Ranks(NamedTuple):

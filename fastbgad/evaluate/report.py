@@ -23,7 +23,7 @@ from ..render import plots
 from ..render.html_page import css_color, flat_items, render
 from ..render.thumbnails import jpeg_address, shrink_map, shrink_mask, thumbnail
 from ..system.files import write_text
-from .evaluation import Evaluation, metrics_dict
+from .evaluation import Evaluation, not_measured, tells_truth
 
 _METRIC_NAMES = {"image_auroc": "Image AUROC", "pixel_auroc": "Pixel AUROC", "aupro": "AUPRO"}
 _NOT_METRICS = ("pro_limit", "n_images", "n_anomalous", "n_regions")
@@ -80,7 +80,7 @@ class RunReport:
     Attributes:
         category: name of the category.
         method: "NFAD", "BGAD", ...
-        metrics: image_auroc, pixel_auroc, aupro, ... in [0, 1].
+        metrics: image_auroc, pixel_auroc, aupro, ... in [0, 1], NaN where they are not defined.
         rows: test images.
         levels: one per feature level.
         history: one mapping per pass over the training images: pass, loss, loss_ml, loss_n, loss_a, lr, b_n_0, ...
@@ -88,6 +88,7 @@ class RunReport:
         map_range: scores of the first and the last color of this run's anomaly maps.
         config: the configuration, possibly nested.
         versions: package -> version.
+        note: a sentence on metrics that are not defined (NaN), if there are any.
     """
 
     category: str
@@ -100,6 +101,7 @@ class RunReport:
     map_range: tuple[float, float] = (0.0, 1.0)
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def image_rows(model: BGAD, evaluation: Evaluation) -> list[ImageRow]:
@@ -110,8 +112,8 @@ def image_rows(model: BGAD, evaluation: Evaluation) -> list[ImageRow]:
             defect=sample.defect,
             label=sample.label,
             score=float(evaluation.image_scores[i]),
-            image=load_sample(sample, model.image_size).image.permute(1, 2, 0).numpy(),
-            mask=evaluation.masks[i].numpy(),
+            image=load_sample(sample, model.image_size, needs_mask=False).image.permute(1, 2, 0).numpy(),
+            mask=evaluation.masks[i].numpy() if tells_truth(sample) else None,
             anomaly_map=evaluation.maps[i].numpy(),
             decision=evaluation.decisions[i].numpy(),
         )
@@ -120,10 +122,11 @@ def image_rows(model: BGAD, evaluation: Evaluation) -> list[ImageRow]:
 
 
 def level_histograms(model: BGAD, evaluation: Evaluation) -> list[LevelHistogram]:
-    """Return the test patches' log-likelihoods by level, normal apart from anomalous."""
-    histograms = []
-    for level, lp in enumerate(evaluation.levels):
-        mask = cell_mask(evaluation.masks, (lp.shape[1], lp.shape[2]), "nearest")
+    """Return the test patches' log-likelihoods by level, normal apart from anomalous, where that is known."""
+    histograms, known = [], evaluation.has_truth
+    for level, all_lp in enumerate(evaluation.levels):
+        lp = all_lp[known]
+        mask = cell_mask(evaluation.masks[known], (lp.shape[1], lp.shape[2]), "nearest")
         u = lp / model.normalizer
         b_n, b_a = model.boundaries[level].tolist()
         name = f"level {level + 1}, stride {model.backbone.strides[level]}"
@@ -150,7 +153,7 @@ def run_report(
     return RunReport(
         category=category,
         method=method,
-        metrics=metrics_dict(evaluation.metrics),
+        metrics={name: float(value) for name, value in evaluation.metrics._asdict().items()},
         rows=image_rows(model, evaluation),
         levels=level_histograms(model, evaluation),
         history=history,
@@ -158,6 +161,7 @@ def run_report(
         map_range=(float(sample.median()), float(evaluation.maps.max())),
         config=config or {},
         versions=versions or {},
+        note=not_measured(evaluation),
     )
 
 
@@ -192,6 +196,7 @@ def write_report(path: str | Path, runs: Sequence[RunReport], title: str, max_im
         methods=methods,
         tables=list(_metric_tables(runs, categories, methods)),
         sections=[_section([run for run in runs if run.category == name], max_images) for name in categories],
+        notes=[(f"{run.category}, {run.method}", run.note) for run in runs if run.note],
         config=_comparison(runs, lambda run: run.config),
         versions=_comparison(runs, lambda run: run.versions),
         heat_gradient=", ".join(css_color(color) for color in plots.HEAT_COLORS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,16 +156,21 @@ def _lines(title: str) -> Callable[[str, int, int, str], None]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table with a title; all columns but the first are aligned right, floats have four decimals."""
+    """Print a table with a title; all columns but the first are aligned right, floats have four decimals, NaN none."""
     rich = require_rich()
     table = rich.table.Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(decimals(cell) if isinstance(cell, float) else str(cell) for cell in row))
     # A file or a pipe has no width: lines need no folding.
     width = None if sys.stdout.isatty() else _WIDEST
     rich.console.Console(soft_wrap=True, width=width).print(table)
+
+
+def decimals(value: float) -> str:
+    """Return a number with four decimals, a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:.4f}"
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..data import DecodedImages, Split
-from ..errors import ConfigError, DataError, FeatureError, InterruptedTraining
+from ..data.content import named_digests
+from ..errors import ConfigError, FeatureError, InterruptedTraining
 from ..features import ImageFeatures, ImageReading, Placement, StoreOptions
 from ..model.detector import BGAD
 from ..progress import Progress, Record
 from ..system.interrupt import interrupt_flag
 from .calibration import calibrate_run
 from .data_parallel import DataParallel, SharedRows
-from .items import RunItems
+from .items import RunItems, check_images, without_vanished
 from .level import LevelTrainer
 from .loss_record import mean_losses
 from .schedule import image_batches, learning_rate, patch_chunks, patch_rows
@@ -126,10 +127,7 @@ def _check(split: Split, config: TrainConfig, options: RunOptions, resume: bool)
         raise ConfigError("resume=True needs run_dir, the folder of the run to continue")
     if options.features is not None and options.parallel is not None:
         raise ConfigError("features of one process cannot be shared with others: leave features or parallel out")
-    if not split.normals:
-        raise DataError("there is no normal image to train on")
-    if config.uses_anomalies and not split.known_anomalies:
-        raise DataError(f"method {config.method!r} learns from anomalies, but none is known: raise num_anomalies")
+    check_images(split, config)
     if options.run_dir is not None:
         check_run_folder(options.run_dir, resume=resume)
 
@@ -150,9 +148,12 @@ class TrainingRun:
         self.point: ProgressPoint = ProgressPoint()
         self.last_read: tuple[float, Record] = (-math.inf, Record())
         self.known_beyond: dict[str, int] = {}
+        # Taken now: at the end of a long training the files may have changed.
+        self.known_files: dict[str, str] = named_digests(split.known_anomalies) if options.run_dir is not None else {}
         shared = options.features
         decoded = shared.decoded if shared is not None else DecodedImages(model.image_size)
-        self.items: RunItems = RunItems(split, config, model.image_size, decoded, self.parallel)
+        usable = without_vanished(split, config, decoded)
+        self.items: RunItems = RunItems(usable, config, model.image_size, decoded, self.parallel)
         spare = SLOT_SETS * len(self.items.own_synthetic)
         self.features: ImageFeatures = shared if shared is not None else self._own_features(decoded, spare)
         self.features.check(model.backbone, model.image_size, config.anomalies.cell_labels, spare)
@@ -295,6 +296,7 @@ class TrainingRun:
             "config": self.config.as_dict(),
             "passes": self.point.history,
             "known_anomalies": [sample.name for sample in self.split.known_anomalies],
+            "known_anomaly_files": self.known_files,
         }
         if self.known_beyond:
             history["known_anomalies_beyond"] = self.known_beyond

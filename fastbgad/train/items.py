@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..config import TrainConfig
 from ..data import AnomalySynthesis, AugmentedAnomalies, DecodedImages, Sample, Split
+from ..errors import DataError, Notice
+from ..wording import count
 from .data_parallel import DataParallel
+
+
+def check_images(split: Split, config: TrainConfig) -> None:
+    """Raise `DataError` for images that a method cannot be trained on; none is read."""
+    if not split.normals:
+        raise DataError("there is no normal image to train on")
+    if not config.uses_anomalies:
+        return
+    other = 'train with --method nfad (in Python method="nfad"), which needs none'
+    if not split.known_anomalies:
+        there = any(sample.label for sample in split.test)
+        remedy = f"raise num_anomalies, or {other}" if there else f"add anomalous images with masks, or {other}"
+        raise DataError(f"method {config.method!r} learns from anomalies, but none is known: {remedy}")
+    maskless = [sample.image for sample in split.known_anomalies if sample.mask is None]
+    if maskless:
+        raise DataError(
+            f"method {config.method!r} learns from anomalous pixels, but {len(maskless)} of "
+            f"{count(len(split.known_anomalies), 'known anomaly', 'known anomalies')} have no mask, such as "
+            f"{maskless[0]}: add masks, or {other}"
+        )
+
+
+def without_vanished(split: Split, config: TrainConfig, decoded: DecodedImages) -> Split:
+    """Leave known anomalies out of which no pixel is left at the model's size: they would train as normal images.
+
+    Raises:
+        DataError: none is left.
+    """
+    if not config.uses_anomalies:
+        return split
+    known = split.known_anomalies
+    kept = tuple(sample for sample in known if bool(decoded(sample).mask.any()))
+    size = f"{decoded.size[0]} x {decoded.size[1]} pixels"
+    if not kept:
+        raise DataError(
+            f"no mask of the {count(len(known), 'known anomaly', 'known anomalies')} has a pixel left at {size}, so "
+            f"that method {config.method!r} has nothing to learn from: choose a larger image size (--image-size), or "
+            'train with --method nfad (in Python method="nfad"), which needs no masks'
+        )
+    if len(kept) < len(known):
+        warnings.warn(
+            f"{len(known) - len(kept)} of {len(known)} known anomalies are left out of the training: their masks "
+            f"vanish at {size}, so that they would train as normal images",
+            Notice,
+            stacklevel=2,
+        )
+    return replace(split, known_anomalies=kept)
 
 
 class RunItems:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..data import Split
+from ..data.content import content_digest
 from ..errors import CheckpointError, ConfigError
 from ..model.detector import BGAD
 from ..ops.dispatch import resolve_matmul_precision
@@ -25,6 +26,8 @@ STATE_FILE = "training.safetensors"
 MODEL_FILE = "model.safetensors"
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "config.json"
+# Entries of an identity that states of earlier versions do not have.
+_NORMAL_CONTENT, _KNOWN_CONTENT = _LATER = ("content of the normal images", "content of the known anomalies")
 
 
 @dataclass
@@ -105,6 +108,9 @@ def run_identity(model: BGAD, split: Split, config: TrainConfig) -> dict[str, An
         "precision": resolve_matmul_precision(model.flow(0).matmul_precision),
         "normals": [sample.image.name for sample in split.normals],
         "known_anomalies": [sample.name for sample in split.known_anomalies],
+        # Names recur in other lots of the same product, and a run on the images of two would be neither's.
+        _NORMAL_CONTENT: content_digest(split.normals),
+        _KNOWN_CONTENT: content_digest(split.known_anomalies),
     }
 
 
@@ -133,9 +139,10 @@ def load_training_state(path: Path, levels: Sequence[LevelTrainer], identity: Ma
         CheckpointError: no such file, damaged, or of another run.
     """
     tensors, metadata = load_checkpoint(path, "training")
-    ours = json.loads(json.dumps(identity))
-    theirs = metadata["identity"]
-    different = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+    ours = _without_number_asked_for(json.loads(json.dumps(identity)))
+    theirs = _without_number_asked_for(metadata["identity"])
+    compared = [name for name in {**ours, **theirs} if name in theirs or name not in _LATER]
+    different = [name for name in compared if theirs.get(name) != ours.get(name)]
     if different:
         raise CheckpointError(
             f"{path} belongs to another run: it differs in {', '.join(different)}; resume with the configuration in "
@@ -145,6 +152,13 @@ def load_training_state(path: Path, levels: Sequence[LevelTrainer], identity: Ma
         _load_level(trainer, level, tensors)
     place = metadata["place"]
     return ProgressPoint(place["pass"], place["batch"], place["history"])
+
+
+def _without_number_asked_for(identity: dict[str, Any]) -> dict[str, Any]:
+    """Leave out how many known anomalies were asked for: which ones were drawn is compared, and the default changed."""
+    training = identity.get("training", {})
+    anomalies = {name: value for name, value in training.get("anomalies", {}).items() if name != "num_anomalies"}
+    return identity | {"training": training | {"anomalies": anomalies}}
 
 
 def _load_level(trainer: LevelTrainer, level: int, tensors: Mapping[str, Tensor]) -> None:

@@ -107,6 +107,13 @@ def test_the_setup_comes_from_options_and_preset() -> None:
             command(*wrong).setup()
 
 
+def test_the_digest_does_not_follow_the_default_number_of_known_anomalies() -> None:
+    """Each cell has a number of its own; ledgers of earlier versions, whose default was 10, go on."""
+    usual, ten = command().setup(), command("--anomalies.num-anomalies", "10").setup()
+    assert usual.digest == ten.digest
+    assert usual.as_dict()["training"]["anomalies"]["num_anomalies"] == 10
+
+
 def test_the_former_name_of_the_matmul_precision() -> None:
     for arguments in (["--precision", "float32"], ["--precision=float32"]):
         with pytest.warns(Notice, match="--precision is deprecated; it is now called --matmul-precision"):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastbgad.__main__ import main
-from tests.cli.conftest import train
+from fastbgad.cli import evaluate as evaluate_module
+from fastbgad.cli import train as train_module
+from fastbgad.data import Category, open_category
+from tests.cli.conftest import FEW, SHORT, TINY, train
 from tests.make_data import make_mvtec
 from tests.models import SIZE
 
@@ -83,3 +90,90 @@ def test_unwritable_output(run, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert main(train(root, tmp_path / "file" / "out")) == 2
     assert "cannot create the folder" in capsys.readouterr().err
+
+
+def opened_as(monkeypatch: pytest.MonkeyPatch, change: Callable[[Category], Category]) -> None:
+    """Make `train` and `evaluate` see a changed category."""
+    for module in (train_module, evaluate_module):
+        monkeypatch.setattr(module, "open_category", lambda *args: change(open_category(*args)))
+
+
+def no_masks(category: Category) -> Category:
+    return replace(category, test=tuple(s._replace(mask=None) for s in category.test))
+
+
+def no_anomalies(category: Category) -> Category:
+    return replace(category, test=tuple(s for s in category.test if not s.label))
+
+
+def no_test_normals(category: Category) -> Category:
+    return replace(category, test=tuple(s for s in category.test if s.label))
+
+
+@pytest.mark.parametrize(
+    ("change", "missing", "sentence"),
+    [
+        (no_masks, ["pixel_auroc", "aupro"], "Pixel AUROC and AUPRO need masks of anomalous images"),
+        (no_anomalies, ["image_auroc", "pixel_auroc", "aupro"], "AUROC and AUPRO need anomalous test images"),
+        (no_test_normals, ["image_auroc"], "Image AUROC needs normal test images"),
+    ],
+)
+def test_nfad_measures_what_can_be_measured(
+    run, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, change, missing: list[str], sentence: str
+) -> None:
+    root, out = run[0], tmp_path / "out"
+    opened_as(monkeypatch, change)
+    assert main(train(root, out, "--method", "nfad")) == 0
+    printed = capsys.readouterr().out
+    assert sentence in printed
+    assert "nan" not in printed
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [name for name in ("image_auroc", "pixel_auroc", "aupro") if metrics[name] is None] == missing
+    assert sentence in (out / "report.html").read_text()
+    evaluate = ["evaluate", "--model", str(out / "model.safetensors"), "--data", str(root), "--official-pro"]
+    assert main([*evaluate, "--calibration", "official", "--out", str(tmp_path / "again")]) == 0
+    printed = capsys.readouterr().out
+    assert ("official PRO  –" in printed) == ("aupro" in missing)
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again.keys() == metrics.keys() - {"seconds", "feature_seconds"}
+
+
+def test_nfad_without_any_test_image(run, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened_as(monkeypatch, lambda category: replace(category, test=()))
+    assert main(train(run[0], tmp_path / "out", "--method", "nfad")) == 0
+    assert "nothing was measured" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["image_auroc"] is None
+
+
+@pytest.mark.parametrize("change", [no_masks, no_anomalies])
+def test_methods_that_learn_from_masks_say_so(
+    run, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, change
+) -> None:
+    opened_as(monkeypatch, change)
+    monkeypatch.setattr(train_module, "create_backbone", None)  # the check comes first
+    assert main(train(run[0], tmp_path / "out")) == 2
+    assert "--method nfad" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_of_few_anomalies_are_known(tmp_path: Path, capsys) -> None:
+    make_mvtec(tmp_path, normals=5, per_type=1, size=SIZE)
+    options = [*TINY, *SHORT, *FEW[2:], "--no-report"]
+    assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "widget: 5 normal images, 1 known anomaly of 2, 1 remains for the test, 3 test images;" in printed
+
+
+def test_masks_that_vanish_are_named_before_training(tmp_path: Path, capsys) -> None:
+    folder = make_mvtec(tmp_path, normals=5, per_type=3, size=4 * SIZE)
+    speck = np.zeros((4 * SIZE, 4 * SIZE), np.uint8)
+    speck[0, 0] = 255
+    for mask in sorted((folder / "ground_truth" / "crack").iterdir()):
+        Image.fromarray(speck).save(mask)
+    assert main(train(tmp_path, tmp_path / "out", "--no-report", "--method", "nfad")) == 0
+    error = capsys.readouterr().err
+    assert error.count("3 of 3 masks of crack vanish at 64 x 64 pixels: pixel metrics cannot see them") == 1
+    assert "--image-size 160 160 keeps all" in error
+    evaluate = ["evaluate", "--model", str(tmp_path / "out" / "model.safetensors"), "--data", str(tmp_path)]
+    assert main(evaluate) == 0
+    assert "cannot see them; training with --image-size 160 160 keeps all" in capsys.readouterr().err

@@ -67,6 +67,10 @@ def test_anomalous_sample_without_or_with_an_unfit_mask(category, tmp_path):
     sample = category.test[0]
     with pytest.raises(DataError, match=re.escape(f"{sample.image} has no mask")):
         load_sample(sample._replace(mask=None), (32, 32))
+    loaded = load_sample(sample._replace(mask=None), (32, 32), needs_mask=False)
+    assert torch.equal(loaded.image, load_sample(sample, (32, 32)).image)
+    assert (loaded.mask.shape, loaded.mask.any()) == ((32, 32), False)
+    assert load_sample(sample, (32, 32), needs_mask=False).mask.any()
     other = save(tmp_path / "other.png", np.full((10, 12), 255, np.uint8))
     with pytest.raises(DataError, match=re.escape(f"{other} is 12 x 10 pixels but its image is 48 x 48")):
         load_sample(sample._replace(mask=other), (32, 32))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastbgad.data import Category, Sample, split_known_anomalies
+from fastbgad.data import Category, Sample, Split, split_known_anomalies
 from fastbgad.errors import ConfigError, DataError
 
 COUNTS = {"crack": 6, "dent": 9, "stain": 4}
@@ -82,10 +83,66 @@ def test_none_left_for_the_test():
         split_known_anomalies(make_category(), 19)
 
 
-def test_a_category_without_anomalies_has_none_left():
-    category = make_category()
-    with pytest.raises(DataError, match="widget"):
-        split_known_anomalies(replace(category, test=category.train), 0)
+def test_a_category_without_anomalies():
+    category = replace(make_category(), test=make_category({}).test)
+    for number in (0, None):
+        assert split_known_anomalies(category, number) == Split(category.train, (), category.test)
+    for per_type in (False, True):
+        with pytest.raises(DataError, match=r"num_anomalies is 2 but widget has no anomalous images; .*--method nfad"):
+            split_known_anomalies(category, 2, per_type)
+    with pytest.raises(DataError, match="no anomaly type 'crack'; it holds no anomalous images"):
+        split_known_anomalies(category, 0, types=["crack"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "known"),
+    [
+        ({"crack": 2}, {}, {"crack": 1}),
+        ({"crack": 3}, {}, {"crack": 1}),
+        ({"crack": 4}, {}, {"crack": 2}),
+        ({"crack": 19}, {}, {"crack": 9}),
+        ({"crack": 20}, {}, {"crack": 10}),
+        ({"crack": 70}, {}, {"crack": 10}),
+        ({"crack": 7, "dent": 40, "stain": 1}, {"per_type": True}, {"crack": 3, "dent": 10}),
+        ({"crack": 5, "dent": 40}, {"types": ["crack"]}, {"crack": 2}),
+    ],
+)
+def test_half_at_most_where_no_number_is_given(counts, options, known):
+    category = make_category(counts)
+    split = split_known_anomalies(category, **options)
+    assert Counter(s.defect for s in split.known_anomalies) == known
+    assert len(split.test) == len(category.test) - sum(known.values())
+    explicit = {} if options.get("per_type") else {"num_anomalies": sum(known.values())}
+    if explicit:
+        assert split == split_known_anomalies(category, **explicit, **options)
+
+
+def test_half_of_one_image():
+    with pytest.raises(DataError, match=r"widget has only one anomalous image, crack/0.png.*--method nfad"):
+        split_known_anomalies(make_category({"crack": 1}))
+    assert split_known_anomalies(make_category({"crack": 1}), 0).known_anomalies == ()
+    few = make_category({"crack": 1, "dent": 1})
+    assert len(split_known_anomalies(few).known_anomalies) == 1
+    with pytest.raises(DataError, match=r"only one anomalous image of each type.*draw in total"):
+        split_known_anomalies(few, per_type=True)
+    with pytest.raises(DataError, match=r"only one anomalous image of crack.*num_anomalies to 1"):
+        split_known_anomalies(few, types=["crack"])
+    assert len(split_known_anomalies(few, 1, types=["crack"]).known_anomalies) == 1
+
+
+def test_images_set_aside_for_training_spare_the_test():
+    aside = make_category({"rust": 12, "scratch": 3}).test
+    category = replace(make_category(), known=tuple(s for s in aside if s.label))
+    for options, number in (({}, 10), ({"num_anomalies": 15}, 15), ({"per_type": True}, 13), ({"types": ["rust"]}, 10)):
+        split = split_known_anomalies(category, **options)
+        assert len(split.known_anomalies) == number
+        assert set(split.known_anomalies) <= set(category.known)
+        assert split.test == category.test
+    assert len(split_known_anomalies(replace(category, known=category.known[:1])).known_anomalies) == 1
+    with pytest.raises(DataError, match=r"num_anomalies is 16 in total .* 15 anomalous images \(rust 12, scratch 3\)"):
+        split_known_anomalies(category, 16)
+    with pytest.raises(DataError, match="no anomaly type 'dent'; it holds rust, scratch"):
+        split_known_anomalies(category, 1, types=["dent"])
 
 
 def test_unknown_types_are_suggested():

@@ -11,7 +11,16 @@ from sklearn.metrics import auc, roc_auc_score
 
 from fastbgad.errors import MetricError
 from fastbgad.evaluate import metrics
-from fastbgad.evaluate.metrics import Metrics, PixelMetrics, aupro, auroc, evaluate, official_pro, pixel_metrics
+from fastbgad.evaluate.metrics import (
+    Metrics,
+    PixelMetrics,
+    aupro,
+    auroc,
+    evaluate,
+    measure,
+    official_pro,
+    pixel_metrics,
+)
 from fastbgad.evaluate.regions import filled_regions, label_regions
 
 LIMITS = (0.05, 0.3, 1.0)
@@ -209,6 +218,37 @@ def test_evaluate_reports_everything():
     assert evaluate(maps, masks, scores, labels, pro_limit=0.2) == expected
 
 
+def test_what_can_be_measured_is():
+    maps, masks = random_case(15)
+    maps, masks = np.concatenate([maps, maps / 2]), np.concatenate([masks, np.zeros_like(masks)])
+    labels, scores = masks.any(axis=(1, 2)).astype(int), maps.max(axis=(1, 2))
+    whole = evaluate(maps, masks, scores, labels, 0.2)
+    assert measure(maps, masks, scores, labels, 0.2) == whole
+
+    def nan_in(metrics: Metrics) -> list[str]:
+        return [name for name, value in metrics._asdict().items() if np.isnan(value)]
+
+    unknown = labels * np.arange(len(labels)) > np.median(np.flatnonzero(labels))
+    truth = ~unknown
+    part = measure(maps, masks & truth[:, None, None], scores, labels, 0.2, has_truth=truth)
+    assert 0 < unknown.sum() < labels.sum()
+    pixel = pixel_metrics(maps[truth], masks[truth], 0.2)
+    assert part == whole._replace(pixel_auroc=pixel.auroc, aupro=pixel.aupro, n_regions=pixel.n_regions)
+    none = measure(maps, masks & False, scores, labels, 0.2, has_truth=labels == 0)
+    assert nan_in(none) == ["pixel_auroc", "aupro"]
+    assert (none.image_auroc, none.n_anomalous, none.n_regions) == (whole.image_auroc, whole.n_anomalous, 0)
+    bad, good = labels == 1, labels == 0
+    anomalous = measure(maps[bad], masks[bad], scores[bad], labels[bad], 0.2)
+    assert nan_in(anomalous) == ["image_auroc"]
+    assert anomalous.aupro == pixel_metrics(maps[bad], masks[bad], 0.2).aupro
+    normal = measure(maps[good], masks[good], scores[good], labels[good], 0.2)
+    assert nan_in(normal) == ["image_auroc", "pixel_auroc", "aupro"]
+    assert (normal.n_images, normal.n_anomalous) == (good.sum(), 0)
+    full = measure(maps[bad], masks[bad] | True, scores[bad], labels[bad])
+    assert nan_in(full) == ["image_auroc", "pixel_auroc", "aupro"]
+    assert full.n_regions == bad.sum()
+
+
 def official_by_loops(maps, masks, limit: float, steps: int) -> float:
     """The official PRO with a fresh count at each threshold."""
     filled = list(filled_regions(masks))
@@ -294,6 +334,8 @@ def with_value(value: float) -> np.ndarray:
         (lambda: evaluate(MAPS, MASKS, [1.0, 2.0, 3.0], [0, 1, 1]), "2 maps but image scores of shape"),
         (lambda: evaluate(MAPS, MASKS, [1.0, 2.0], [1, 0]), "image 1 is labeled normal but its mask"),
         (lambda: evaluate(MAPS, MASKS, [1.0, 2.0], [1, 1]), "there is no normal image"),
+        (lambda: measure(with_value(np.nan), MASKS, [1.0, 2.0], [0, 1]), "map 1: 1 of 12 values are NaN or Inf"),
+        (lambda: measure(MAPS, MASKS, [1.0, 2.0], [0, 1], has_truth=[True]), r"2 maps but has_truth of shape \(1,\)"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):

@@ -18,6 +18,7 @@ from fastbgad.errors import CheckpointError, ConfigError, DataError, FeatureErro
 from fastbgad.model import BGAD
 from fastbgad.progress import Progress
 from fastbgad.reference import upsample_bilinear
+from fastbgad.system.checkpoint import load_checkpoint, save_checkpoint
 from fastbgad.train import LOG_FILE, MODEL_FILE, STATE_FILE, InterruptedTraining, fit
 from tests.models import SIZE, tiny_config, tiny_model, tiny_split
 
@@ -131,6 +132,35 @@ def test_a_run_is_never_overwritten_or_mixed_up(split: Split, tmp_path: Path) ->
         fit(tiny_model(config), fewer, config, run_dir=run_dir, resume=True)
     with pytest.raises(CheckpointError, match="nothing to resume"):
         fit(tiny_model(config), split, config, run_dir=tmp_path / "empty", resume=True)
+
+
+def test_images_of_another_lot_do_not_resume_a_run(tmp_path: Path) -> None:
+    """Their names are the same."""
+    config, run_dir = tiny_config("bgad"), tmp_path / "run"
+    first, other = tiny_split(tmp_path / "first"), tiny_split(tmp_path / "other", seed=5)
+    fit(tiny_model(config), first, config, run_dir=run_dir)
+    assert [s.name for s in first.known_anomalies] == [s.name for s in other.known_anomalies]
+    with pytest.raises(CheckpointError, match="content of the normal images, content of the known anomalies;"):
+        fit(tiny_model(config), other, config, run_dir=run_dir, resume=True)
+    mixed = replace(other, normals=first.normals)
+    with pytest.raises(CheckpointError, match="differs in content of the known anomalies;"):
+        fit(tiny_model(config), mixed, config, run_dir=run_dir, resume=True)
+
+
+def test_states_of_earlier_versions_resume(split: Split, tmp_path: Path) -> None:
+    """They tell nothing of the images' content, and their default number of known anomalies was 10."""
+    config, run_dir = tiny_config("bgad"), tmp_path / "run"
+    fit(tiny_model(config), split, config, run_dir=run_dir)
+    tensors, metadata = load_checkpoint(run_dir / STATE_FILE, "training")
+    identity = {name: value for name, value in metadata["identity"].items() if not name.startswith("content of")}
+    assert len(identity) == len(metadata["identity"]) - 2
+    identity["training"]["anomalies"]["num_anomalies"] = 10
+    save_checkpoint(run_dir / STATE_FILE, "training", tensors, {"identity": identity, "place": metadata["place"]})
+    config = replace(config, anomalies=replace(config.anomalies, num_anomalies=None))
+    fit(tiny_model(config), split, config, run_dir=run_dir, resume=True)
+    fewer = replace(split, known_anomalies=split.known_anomalies[:1])
+    with pytest.raises(CheckpointError, match="differs in known_anomalies;"):
+        fit(tiny_model(config), fewer, config, run_dir=run_dir, resume=True)
 
 
 def test_a_damaged_state_is_refused(split: Split, tmp_path: Path) -> None:

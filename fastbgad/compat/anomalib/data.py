@@ -41,7 +41,8 @@ class KnownAnomalies(AnomalibDataModule):
     Args:
         data: an image datamodule that divides its images by anomalib's usual rules: Folder, MVTecAD, BTech, VisA and
             others. Its batch sizes, augmentations and split modes apply.
-        num_anomalies: number of anomalous images to move; 0 moves none.
+        num_anomalies: number of anomalous images to move; 0 moves none. None: 10, or half of those there are where that
+            is fewer (with `per_type` of each type).
         per_type: move this many of each type instead of in total.
         seed: of the draw.
         repeat: how often an epoch sees each known anomaly (the paper's repeated utilization).
@@ -52,7 +53,8 @@ class KnownAnomalies(AnomalibDataModule):
     Raises:
         ConfigError: an impossible number, or a datamodule with splitting rules of its own.
 
-    `setup` raises `DataError` if there are fewer than `num_anomalies`, or if none would be left for the test.
+    `setup` raises `DataError` if there are fewer than `num_anomalies`, or if none would be left for the test (without a
+    number: if there is only one).
 
     Source: Yao et al., CVPR 2023 (known anomalies are taken from the test set).
     """
@@ -63,9 +65,14 @@ class KnownAnomalies(AnomalibDataModule):
     test_data: AnomalibDataset
 
     def __init__(
-        self, data: AnomalibDataModule, num_anomalies: int = 10, per_type: bool = False, seed: int = 0, repeat: int = 5
+        self,
+        data: AnomalibDataModule,
+        num_anomalies: int | None = None,
+        per_type: bool = False,
+        seed: int = 0,
+        repeat: int = 5,
     ) -> None:
-        if num_anomalies < 0 or seed < 0 or repeat < 1:
+        if (num_anomalies or 0) < 0 or seed < 0 or repeat < 1:
             raise ConfigError(
                 f"num_anomalies is {num_anomalies}, seed {seed} and repeat {repeat}; give at least 0, 0 and 1"
             )
@@ -91,7 +98,7 @@ class KnownAnomalies(AnomalibDataModule):
         )
         self.data: AnomalibDataModule = data
         self.external_collate_fn: Callable[..., Any] | None = data.external_collate_fn
-        self.num_anomalies: int = num_anomalies
+        self.num_anomalies: int | None = num_anomalies
         self.per_type: bool = per_type
         self.draw_seed: int = seed
         self.repeat: int = repeat
@@ -147,7 +154,12 @@ class KnownAnomalies(AnomalibDataModule):
 
 
 def with_known_anomalies(
-    datamodule: AnomalibDataModule, num_anomalies: int = 10, *, per_type: bool = False, seed: int = 0, repeat: int = 5
+    datamodule: AnomalibDataModule,
+    num_anomalies: int | None = None,
+    *,
+    per_type: bool = False,
+    seed: int = 0,
+    repeat: int = 5,
 ) -> KnownAnomalies:
     """Return a datamodule that moves some anomalous images of another one from the test set to the training set.
 

@@ -36,6 +36,7 @@ from ...config import (
     ScoreConfig,
     TrainConfig,
 )
+from ...data.content import named_digests
 from ...errors import ConfigError, FeatureError, MissingDependencyError
 from ...export.graph import ExportedDetector
 from ...model.detector import BGAD
@@ -248,6 +249,7 @@ class Bgad(AnomalibModule):
             "config": self.config.as_dict(),
             "passes": detector.history.get("passes", []) if self.current_epoch else [],
             "known_anomalies": [sample.name for sample in self._features.known],
+            "known_anomaly_files": named_digests(self._features.known),
         }
 
     def on_train_epoch_start(self) -> None:

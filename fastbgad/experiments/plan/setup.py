@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ...backbones import Standardize
 from ...config import TrainConfig
+from ...data.splits import USUAL_KNOWN
 from ...errors import ConfigError, check_choice
 from ...evaluate.evaluation import CalibrationName
 from ...ops import MatmulPrecision
@@ -55,6 +56,9 @@ class Setup:
         """Return plain values, for JSON; the matmul precision is stored as "precision", without "auto"."""
         values = asdict(self)
         del values["matmul_precision"]
+        # Each cell has a number of its own. Ledgers have this one here, and results of other setups are refused.
+        anomalies = values["training"]["anomalies"]
+        anomalies["num_anomalies"] = USUAL_KNOWN if anomalies["num_anomalies"] is None else anomalies["num_anomalies"]
         values["precision"] = resolve_matmul_precision(self.matmul_precision)
         return json.loads(json.dumps(values))
 

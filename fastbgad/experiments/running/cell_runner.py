@@ -19,7 +19,7 @@ from torch import Tensor
 from ...backbones import Backbone, Standardize, create_backbone
 from ...config import TrainConfig
 from ...data import Category, DecodedImages, Sample, Split
-from ...errors import BackboneError
+from ...errors import BackboneError, MetricError
 from ...evaluate.metrics import evaluate
 from ...features import ImageFeatures, ImageReading, StoreOptions
 from ...model.calibration import calibration_of, stored_log_likelihoods
@@ -85,6 +85,7 @@ class CellRunner:
 
         Raises:
             DataError: an unknown defect type, fewer anomalies than asked for, or an image that cannot be used.
+            MetricError: a metric has no value, as without masks.
             ConfigError, BackboneError, FeatureError: see `fastbgad.fit` and `run_peer`.
         """
         keys = {(cell.dataset, cell.category, cell.training_key) for cell in cells}
@@ -168,7 +169,7 @@ class CellRunner:
             self._features = ImageFeatures(
                 backbone,
                 self.setup.image_size,
-                [*self.category.train, *self.category.test],
+                [*self.category.train, *self.category.test, *self.category.known],
                 self.category.train,
                 spare,
                 store=StoreOptions(device=self.device, cell_labels=config.anomalies.cell_labels),
@@ -207,7 +208,10 @@ class CellRunner:
         return _TestImages(split, masks, labels, torch.tensor([index[sample] for sample in split.test]))
 
     def _metrics(self, maps: Tensor, image_scores: Tensor, test: _TestImages) -> dict[str, float]:
-        metrics = evaluate(maps, test.masks, image_scores, test.labels, self.setup.pro_limit)._asdict()
+        try:
+            metrics = evaluate(maps, test.masks, image_scores, test.labels, self.setup.pro_limit)._asdict()
+        except MetricError as error:  # every mask vanishes at the image size, for example
+            raise MetricError(f"{self.category.root} at {self.setup.image_size}: {error}") from error
         return {name: float(metrics[name]) for name in METRICS}
 
     def _result(

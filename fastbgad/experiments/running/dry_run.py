@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ...data import Category
-from ...errors import DataError, FastBGADError
+from ...errors import DataError, FastBGADError, MetricError
 from ...render.console import print_table
 from ...wording import count, duration, indented
 from ..plan import CategoryKey, Cell, CellResult, Plan, Sources, cells_of, split_of
@@ -69,7 +69,7 @@ def data_problems(cells: Iterable[Cell], sources: Sources) -> dict[str, tuple[Ce
 def _split_problem(cell: Cell, category: Category) -> str | None:
     try:
         split_of(cell, category)
-    except DataError as error:
+    except (DataError, MetricError) as error:
         return str(error)
     return None
 

@@ -40,6 +40,9 @@ def test_anomalies_that_are_not_there(parts: Path) -> None:
     for count, message in ((10, "has 9 anomalous images"), (9, "none is left for the test")):
         with pytest.raises(DataError, match=message):
             with_known_anomalies(folder_data(parts), count).setup()
+    half = with_known_anomalies(folder_data(parts))
+    half.setup()
+    assert len(half.known) == 4  # of 9
     with pytest.raises(DataError, match="abnormal_dir"):
         with_known_anomalies(folder_data(parts, abnormal_dir=None, mask_dir=None), 1).setup()
     none = with_known_anomalies(folder_data(parts, abnormal_dir=None, mask_dir=None), 0)

@@ -13,7 +13,7 @@ import torch
 
 from fastbgad.backbones import Backbone, create_backbone
 from fastbgad.data import Category, DecodedImages, Split, open_category, split_known_anomalies
-from fastbgad.errors import ConfigError, DataError
+from fastbgad.errors import ConfigError, DataError, MetricError
 from fastbgad.evaluate.evaluation import evaluate_model
 from fastbgad.experiments.peers.peers import PeerScores
 from fastbgad.experiments.plan.cells import METRICS, Cell
@@ -181,6 +181,28 @@ def test_a_peer_is_trained_once_and_measured_on_each_cells_images(
 def test_what_a_category_cannot_give(runner: CellRunner, bad: Cell, message: str) -> None:
     with pytest.raises(DataError, match=message):
         runner.run([bad])
+
+
+def test_cells_need_all_metrics(runner: CellRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = runner.category
+    for test, message in (
+        (tuple(s._replace(mask=None) for s in whole.test), "has anomalous images without a mask"),
+        (tuple(s for s in whole.test if not s.label), "has no anomalous test images"),
+        (tuple(s for s in whole.test if s.label), "has no normal test images"),
+    ):
+        monkeypatch.setattr(runner, "category", replace(whole, test=test))
+        with pytest.raises(MetricError, match=f"{message}.*category {whole.name}"):
+            runner.run([cell("nfad", num_anomalies=0)])
+
+
+def test_anomalies_set_aside_for_training_spare_the_test(category: Category) -> None:
+    aside = tuple(s for s in category.test if s.label)[::2]
+    split = replace(category, test=tuple(s for s in category.test if s not in aside), known=aside)
+    runner = CellRunner(SETUP, split, "mvtec", device=CPU)
+    (result,) = runner.run([cell("bgad")])
+    runner.close()
+    assert set(result.known_anomalies) < {sample.name for sample in aside}
+    assert result.n_test == len(split.test)
 
 
 def test_an_unknown_override(runner: CellRunner) -> None:
