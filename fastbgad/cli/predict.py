@@ -62,7 +62,7 @@ class Predict:
 
     def _run_here(self) -> int:
         model = BGAD.load(self.model, device=choose_device(self.device))
-        images = find_images(self.images)
+        images = find_images(self.images, leave_out=self.out)
         with console.image_bar("predict", len(images)) as on_images:
             summary = predict_files(
                 model,

@@ -46,13 +46,22 @@ class PredictionSummary:
     failed: tuple[str, ...]  # one message per image that could not be read
 
 
-def find_images(patterns: Sequence[str | Path]) -> list[Path]:
-    """Return the images that files, folders (searched recursively) and globs name, each once, in a stable order.
+def find_images(patterns: Sequence[str | Path], leave_out: str | Path | None = None) -> list[Path]:
+    """Return the images that files, folders and globs name, each once, in a stable order.
+
+    Folders are searched recursively and through links, for the suffixes of images; hidden files and folders are left
+    out. A file that is named itself is taken whatever its name. A `fastbgad.errors.Notice` counts and names what was
+    left out.
+
+    Args:
+        patterns: names of files, folders and globs.
+        leave_out: the folder that results are written to, if it lies among the images: its maps are not found.
 
     Raises:
-        DataError: a name that matches nothing, or a folder without images.
+        DataError: a name that matches no image, or a folder that cannot be listed.
     """
-    return [Path(path) for path in iterate_images(patterns)]
+    # Not a comprehension, which would be a caller of its own to the notice.
+    return list(map(Path, iterate_images(patterns, leave_out)))
 
 
 def predict_files(

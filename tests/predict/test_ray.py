@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fastbgad.errors import (
     DataError,
     FeatureError,
     MissingDependencyError,
+    Notice,
     OutputError,
 )
 from fastbgad.model import BGAD
@@ -226,6 +228,22 @@ def test_a_folder_belongs_to_one_model_and_one_list(photos: Path, tmp_path: Path
         opened(photos, out, resume=True)
     with pytest.raises(ConfigError, match="at least 1"):
         opened(photos, tmp_path / "new", shard_size=0)
+
+
+@pytest.mark.parametrize(("inside", "left_out"), [("scores", "scores"), (".", "maps, shards")])
+def test_the_results_among_the_images(photos: Path, inside: str, left_out: str) -> None:
+    """They are no images of the run that is resumed, whose list is the same, then."""
+    out = photos / inside
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)  # of the empty folder
+        run = opened(photos, out, maps="overlay")
+    for number in range(2):
+        save(out / "maps" / f"{number:06d}" / "a.png", np.zeros((8, 8), np.uint8))
+    run.folder.join(run.parts)
+    with pytest.warns(Notice, match=rf"left out of .*photos: . folders? that results .*\({left_out}\)$") as told:
+        again = opened(photos, out, maps="overlay", resume=True)
+    assert len(told) == 1
+    assert (again.count, again.waiting) == (IMAGES, ())
 
 
 def test_only_whole_shards_of_the_right_images_count(photos: Path, tmp_path: Path) -> None:
