@@ -30,17 +30,20 @@ class Predict:
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders (searched recursively) or quoted globs."""
+    """Files, folders or quoted globs. Folders are searched recursively, also through links, for files with the suffix
+    of an image; hidden ones are left out, and a note names what is. A file that is named itself is always tried."""
     model: Path
     """A model.safetensors that train wrote."""
     out: Path
-    """Folder for scores.csv and maps/."""
+    """Folder for scores.csv and maps/; its own maps are not scored."""
     maps: MapFormat = "overlay"
     """overlay: heat over the image (PNG); png16: raw map, 16 bits, scale in maps.json; npy: raw float32; none."""
     resume: bool = False
     """Keep an existing scores.csv and score only the images it lacks; with --engine ray keep finished shards."""
     batch_size: int = 8
     """Images that go through the model together."""
+    bit_depth: int | None = None
+    """Significant bits of images that are stored in 16, such as 12; if left out, as the model was trained."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = 2
@@ -72,6 +75,7 @@ class Predict:
                 resume=self.resume,
                 batch_size=self.batch_size,
                 workers=self.workers,
+                bit_depth=self.bit_depth,
                 on_images=on_images,
             )
         return self._print_outcome(summary.scored, summary.skipped, len(summary.failed), summary.failed)
@@ -86,6 +90,7 @@ class Predict:
             shard_size=self.shard_size,
             batch_size=self.batch_size,
             workers=self.workers,
+            bit_depth=self.bit_depth,
         )
         run = ray_run.run
         print(

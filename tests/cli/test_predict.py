@@ -6,9 +6,11 @@ import csv
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastbgad.__main__ import main
+from tests.make_data import save
 
 
 def test_predict(run: tuple[Path, Path], tmp_path: Path, capsys) -> None:
@@ -28,6 +30,16 @@ def test_predict_with_a_corrupt_image(run: tuple[Path, Path], tmp_path: Path, ca
     printed = capsys.readouterr().out
     assert "scored 1 images" in printed
     assert "bad.png" in printed
+
+
+def test_bit_depth(run: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    photo = save(tmp_path / "a.png", np.full((64, 64), 4096, np.uint16))
+    command = ["predict", str(photo), "--model", str(run[1] / "model.safetensors"), "--maps", "none"]
+    assert main([*command, "--out", str(tmp_path / "16")]) == 0
+    assert main([*command, "--out", str(tmp_path / "12"), "--bit-depth", "12"]) == 2
+    assert str(photo) in capsys.readouterr().out.split("could not be read")[1]
+    assert main([*command, "--out", str(tmp_path / "17"), "--bit-depth", "17"]) == 2
+    assert "the bit depth is 17; it must lie between 1 and 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", ["scores", "."])
