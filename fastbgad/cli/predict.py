@@ -25,13 +25,15 @@ class Predict:
 
     fastbgad predict --engine ray --model runs/screw/model.safetensors --out scores --maps none archive/
 
+    Folders are searched for files with the suffix of an image; links are followed. A file that is named itself is tried
+    whatever its name.
+
     --engine ray spreads millions of images over processes, GPUs and machines. The images are divided into shards. The
     scores of each are one file in OUT/shards, written atomically; at the end all are joined into scores.csv.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders or quoted globs. Folders are searched recursively, also through links, for files with the suffix
-    of an image; hidden ones are left out, and a note names what is. A file that is named itself is always tried."""
+    """Files, folders (searched recursively, but for hidden names) or quoted globs; a note names what is not read."""
     model: Path
     """A model.safetensors that train wrote."""
     out: Path
