@@ -147,6 +147,7 @@ def open_run(
     model_sha256: str,
     maps: MapFormat,
     shard_size: int,
+    bit_depth: int = 16,
     resume: bool,
 ) -> ShardedRun:
     """List the images; begin a run folder, or find out what an earlier run left to do.
@@ -181,9 +182,11 @@ def open_run(
             "images_sha256": images.sha256,
             "shard_size": shard_size,
             "maps": maps,
+            "bit_depth": bit_depth,
         }
         if earlier is not None:
-            _compare(folder.path, earlier, facts)
+            # Runs were of all bits before there was a choice.
+            _compare(folder.path, {"bit_depth": 16, **earlier}, facts)
             # The same bytes; a list that went missing or was damaged is whole again.
             listing.replace(folder.path / LIST_FILE)
     finally:
@@ -232,7 +235,7 @@ def _compare(folder: Path, earlier: dict[str, object], now: dict[str, object]) -
 
     if differs("model_sha256"):
         raise OutputError(f"{folder} was begun with another model; take that one or choose another folder")
-    for name, option in (("shard_size", "--shard-size"), ("maps", "--maps")):
+    for name, option in (("shard_size", "--shard-size"), ("maps", "--maps"), ("bit_depth", "--bit-depth")):
         if differs(name):
             raise OutputError(
                 f"{folder} was begun with {option} {earlier.get(name)}, not {now[name]}; take {option} "
