@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ..data import read_image, resize_image
+from ..data.wide_pixels import check_bit_depth
 from ..errors import ConfigError, DataError, OutputError, check_choice
 from ..model.detector import BGAD, Prediction
 from ..model.scoring import DECISIONS
@@ -35,7 +36,6 @@ COLUMNS = ("image", "score", "decision", "anomalous_area", "map", "error")
 
 # A temporary file's name is longer than its target's, and file systems allow 255 bytes.
 _LONGEST_NAME = 200
-_ALL_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,16 @@ def check_options(maps: str, batch_size: int, workers: int, bit_depth: int | Non
     check_choice("maps", maps, MapFormat)
     if batch_size < 1 or workers < 1:
         raise ConfigError(f"batch_size is {batch_size} and workers {workers}; both must be at least 1")
-    if bit_depth is not None and not 1 <= bit_depth <= _ALL_BITS:
-        raise ConfigError(f"the bit depth is {bit_depth}; it must lie between 1 and {_ALL_BITS}")
+    check_bit_depth(bit_depth)
 
 
-def chosen_depth(model: BGAD, bit_depth: int | None) -> int:
-    """Return the significant bits of images that are stored in 16: what is asked for, or how the model was trained."""
-    return bit_depth or model.history.get("bit_depth") or _ALL_BITS
+def chosen_depth(model: BGAD, bit_depth: int | None) -> int | None:
+    """Return the significant bits of images that are stored in 16: as asked for, or as the model was trained.
+
+    None: the model was trained on none of 16 bits. Then an image that uses fewer is refused, since its depth is not
+    known.
+    """
+    return bit_depth or model.history.get("bit_depth")
 
 
 def score_images(
@@ -217,9 +220,9 @@ def _batches(
         yield [(path, job.result()) for path, job in current]
 
 
-def _read(path: Path, bit_depth: int) -> np.ndarray | DataError:
+def _read(path: Path, bit_depth: int | None) -> np.ndarray | DataError:
     try:
-        return read_image(path) if bit_depth == _ALL_BITS else read_image(path, bit_depth)
+        return read_image(path, bit_depth, refuse_unknown_depth=True)
     except DataError as error:
         return error
 

@@ -62,7 +62,7 @@ class Job:
     maps: MapFormat
     batch_size: int
     workers: int
-    bit_depth: int
+    bit_depth: int | None
 
 
 @dataclass(frozen=True)
