@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..errors import DataError
-from .image_file import opened, orientation_of
+from .image_file import as_rgb, opened, orientation_of
 from .masks import read_mask as read_mask
 from .masks import resize_mask as resize_mask
 from .wide_pixels import check_bit_depth, check_depth_known, is_wide, read_wide_pixels, to_bytes
@@ -59,7 +59,7 @@ def read_image(
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             return _colored(_floats_to_bytes(path, np.array(image)))
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.array(as_rgb(image))
 
 
 def largest_wide_value(path: str | Path) -> int | None:
