@@ -35,11 +35,13 @@ def test_predict_with_a_corrupt_image(run: tuple[Path, Path], tmp_path: Path, ca
 def test_bit_depth(run: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     photo = save(tmp_path / "a.png", np.full((64, 64), 4096, np.uint16))
     command = ["predict", str(photo), "--model", str(run[1] / "model.safetensors"), "--maps", "none"]
-    assert main([*command, "--out", str(tmp_path / "16")]) == 0
+    assert main([*command, "--out", str(tmp_path / "unknown")]) == 2
+    assert "give --bit-depth 14 for a camera of 14 bits, or 16 for a dark image" in capsys.readouterr().out
+    assert main([*command, "--out", str(tmp_path / "16"), "--bit-depth", "16"]) == 0
     assert main([*command, "--out", str(tmp_path / "12"), "--bit-depth", "12"]) == 2
     assert str(photo) in capsys.readouterr().out.split("could not be read")[1]
     assert main([*command, "--out", str(tmp_path / "17"), "--bit-depth", "17"]) == 2
-    assert "the bit depth is 17; it must lie between 1 and 16" in capsys.readouterr().err
+    assert "bit_depth is 17; give the bits of the camera, 1 to 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", ["scores", "."])

@@ -136,8 +136,12 @@ def test_bit_depth(model: BGAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     expected = {bits: scores(images) for bits, images in eight.items()}
     assert expected[12] != expected[16]
-    assert scores(twelve) == scores(twelve, bit_depth=16) == expected[16]
+    assert scores(twelve, bit_depth=16) == expected[16]
     assert scores(twelve, bit_depth=12) == expected[12]
+    # A model that was trained on none of 16 bits does not know the depth of an image that uses few of them.
+    assert predict_files(model, [*twelve, *eight[12]], tmp_path / "unknown", maps="none").scored == 3
+    errors = [line["error"] for line in rows(tmp_path / "unknown")]
+    assert ["give --bit-depth 12 for a camera of 12 bits" in error for error in errors] == [True] * 3 + [False] * 3
     monkeypatch.setitem(model.history, "bit_depth", 12)
     assert scores(twelve) == expected[12]
     assert scores(eight[12]) == expected[12]
@@ -154,7 +158,7 @@ def test_bad_options(model: BGAD, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         predict_files(model, images, tmp_path / "out", batch_size=0)
     for depth in (0, -12, 17):
-        with pytest.raises(ConfigError, match=f"the bit depth is {depth}"):
+        with pytest.raises(ConfigError, match=f"bit_depth is {depth}"):
             predict_files(model, images, tmp_path / "out", bit_depth=depth)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot create the folder"):

@@ -212,7 +212,7 @@ def test_a_folder_belongs_to_one_model_and_one_list(photos: Path, tmp_path: Path
         ({"model_sha256": "n", "resume": True}, "another model"),
         ({"shard_size": 4, "resume": True}, "take --shard-size 3"),
         ({"maps": "npy", "resume": True}, "take --maps none"),
-        ({"bit_depth": 12, "resume": True}, "take --bit-depth 16"),
+        ({"bit_depth": 12, "resume": True}, "begun without --bit-depth"),
     ):
         with pytest.raises(OutputError, match=message):
             opened(photos, out, **options)
@@ -246,12 +246,13 @@ def test_bit_depth(model: Path, tmp_path: Path) -> None:
     for name, options in (
         ("trained", {"model": tmp_path / "twelve.safetensors"}),
         ("asked", {"model": model, "bit_depth": 12}),
-        ("all", {"model": model}),
+        ("unknown", {"model": model}),
         ("all asked", {"model": tmp_path / "twelve.safetensors", "bit_depth": 16}),
     ):
         ray_run = open_ray_run(**options, patterns=[photo], out=tmp_path / name, maps="none")
-        ((_, scores[name], *_),) = ShardScorer(ray_run.job, "cpu").score(ray_run.run.parts[0])
-    assert scores["trained"] == scores["asked"] != scores["all"] == scores["all asked"]
+        ((_, scores[name], *_, error),) = ShardScorer(ray_run.job, "cpu").score(ray_run.run.parts[0])
+        assert ("give --bit-depth 12" in error) == (name == "unknown")
+    assert scores["trained"] == scores["asked"] != scores["all asked"]
 
 
 @pytest.mark.parametrize(("inside", "left_out"), [("scores", "scores"), (".", "maps, shards")])
@@ -305,7 +306,7 @@ def test_bad_input_is_found_before_ray_starts(model: Path, photos: Path, tmp_pat
         (DataError, "matches nothing", {"patterns": ["none/*.png"]}),
         (ConfigError, "overlay", {"maps": "bmp"}),
         (ConfigError, "at least 1", {"workers": 0}),
-        (ConfigError, "the bit depth is 17", {"bit_depth": 17}),
+        (ConfigError, "bit_depth is 17", {"bit_depth": 17}),
     ):
         with pytest.raises(error, match=message):
             open_ray_run(**{"model": model, "patterns": [photos], "out": out, **options})
