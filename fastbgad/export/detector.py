@@ -65,8 +65,8 @@ def export_detector(
 
     The file takes `images` [B, 3, H, W] float32, RGB in [0, 1], contiguous, of the model's size and in any number. Its
     outputs are those of `fastbgad.export.graph.ExportedDetector.forward`. It holds thresholds, image size, the bit
-    depth of the training's 16-bit images, the names of the sides and the version: as `metadata_props` of an ONNX model, as the extra file `fastbgad.json` of a
-    torch.export archive, as metadata of an AOTInductor package.
+    depth of the 16-bit images in training, the names of the sides and the version: as `metadata_props` of an ONNX
+    model, as the extra file `fastbgad.json` of a torch.export archive, as metadata of an AOTInductor package.
 
     A backbone in float16 or bfloat16 is exported in float32, which every runtime has; the summary holds the difference
     that this makes.
