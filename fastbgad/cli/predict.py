@@ -14,7 +14,7 @@ from ..predict.local import CSV_FILE, MapFormat, find_images, predict_files
 from ..predict.ray import open_ray_run, predict_with_ray
 from ..render import console
 from ..system.environment import choose_device
-from ..wording import bullets
+from ..wording import bullets, count, printable
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,9 @@ class Predict:
     def _print_outcome(self, scored: int, skipped: int, failed: int, messages: Sequence[str]) -> int:
         """Print how many images were scored and which could not be read; return the exit code."""
         there = f", {skipped} were there already" if skipped else ""
-        print(f"scored {scored} images{there}: {self.out / CSV_FILE}")
+        print(f"scored {count(scored, 'image')}{there}: {self.out / CSV_FILE}")
         if not failed:
             return 0
-        # A name that is not UTF-8 must not cost the list.
-        printable = [message.encode(errors="backslashreplace").decode() for message in messages]
-        print(f"{failed} images could not be read; their lines in the CSV say why:\n{bullets(printable, total=failed)}")
+        shown = bullets([printable(message) for message in messages], total=failed)
+        print(f"{count(failed, 'image')} could not be read, as their lines in the CSV say:\n{shown}")
         return 2

@@ -28,7 +28,7 @@ def test_predict_with_a_corrupt_image(run: tuple[Path, Path], tmp_path: Path, ca
     command = ["predict", str(good), str(tmp_path / "bad.png"), "--model", str(out / "model.safetensors")]
     assert main([*command, "--out", str(tmp_path / "scores")]) == 2
     printed = capsys.readouterr().out
-    assert "scored 1 images" in printed
+    assert "scored 1 image: " in printed
     assert "bad.png" in printed
 
 
@@ -73,7 +73,7 @@ def test_what_is_left_out_and_links_without_a_target(run: tuple[Path, Path], tmp
     printed = capsys.readouterr()
     assert printed.err.count("note") == 1
     assert f"left out of {photos}: 1 file with a hidden name (._a.png); 1 file with the suffix .heic" in printed.err
-    assert "1 images could not be read" in printed.out
+    assert "1 image could not be read" in printed.out
     with (tmp_path / "scores" / "scores.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     good = sorted(path.name for path in line2.iterdir())
