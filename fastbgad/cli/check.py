@@ -37,7 +37,7 @@ class CheckData:
 
     fastbgad check mvtec --json | jq '.categories[] | select(.problems != [])'
 
-    The exit code is 0 if training can begin, 2 if something must be mended first.
+    The exit code is 2 if something must be mended before a training, else 0.
     """
 
     data: tyro.conf.Positional[Path]
@@ -144,7 +144,7 @@ def print_category(summary: CategorySummary, image_size: tuple[int, int]) -> Non
     _say(f"{summary.name}: {layout}, {summary.root}")
     if summary.types:
         head = ("type", "train", "test", "masks", "mask covers, in %\nmin · median · max", "remarks")
-        rows = [_type_row(kind, image_size) for kind in summary.types]
+        rows = [_type_row(kind) for kind in summary.types]
         # Columns at the end that would be empty are left out.
         shown = max(number for row in rows for number, cell in enumerate(row, 1) if cell != "")
         console.print_columns([row[:shown] for row in rows], head[:shown], right=(1, 2, 3))
@@ -165,7 +165,7 @@ def _say(text: str) -> None:
     print(console.printable(text))
 
 
-def _type_row(kind: TypeSummary, image_size: tuple[int, int]) -> tuple[object, ...]:
+def _type_row(kind: TypeSummary) -> tuple[object, ...]:
     masks = kind.masks
     if masks is None:
         return kind.name, kind.training, kind.test, _NONE, "", ""
@@ -173,17 +173,17 @@ def _type_row(kind: TypeSummary, image_size: tuple[int, int]) -> tuple[object, .
     if masks.least is not None and masks.median is not None and masks.most is not None:
         shares = dict.fromkeys(map(coverage_text, (masks.least, masks.median, masks.most)))
         covers = " · ".join(shares)
-    return kind.name, kind.training or _NONE, kind.test, masks.number, covers, ", ".join(_remarks(masks, image_size))
+    return kind.name, kind.training or _NONE, kind.test, masks.number, covers, ", ".join(_remarks(masks))
 
 
-def _remarks(masks: MaskSummary, image_size: tuple[int, int]) -> Iterator[str]:
+def _remarks(masks: MaskSummary) -> Iterator[str]:
     """Yield what is unusual about the masks of a type, what matters most first."""
     for number, text in (
         (masks.unreadable, "unreadable"),
         (masks.empty, "empty"),
         (masks.whole, "whole image"),
         (masks.inverted, "inverted?"),
-        (masks.vanished, f"gone at {_by(image_size)}"),
+        (masks.vanished, "vanished"),
         (masks.without, "without mask"),
         (masks.soft_edges, "soft edges"),
         (masks.alpha, "alpha"),
@@ -238,7 +238,7 @@ def _losses(summary: CategorySummary, image_size: tuple[int, int]) -> str:
     if vanished is not None and not vanished.masks:
         parts.append("of every mask a pixel is left at least" if parts else "every mask is kept")
     elif vanished is not None:
-        parts.append(f"of {vanished.masks} of {count(vanished.of, 'mask')} no pixel is left")
+        parts.append(f"{vanished.masks} of {count(vanished.of, 'mask')} vanished: no pixel is left")
         size = vanished.smallest_size
         keeps = "no size up to their own keeps all" if size is None else f"--image-size {size[0]} {size[1]} keeps all"
         parts.append(keeps)

@@ -90,6 +90,24 @@ def test_json(tmp_path, capsys):
     assert facts_of(capsys, tmp_path, "--num-anomalies", 50, code=2)["categories"][0]["split"] is None
 
 
+def test_json_stands_alone(tmp_path, capsys, monkeypatch):
+    make_mvtec(tmp_path)
+    monkeypatch.setattr("fastbgad.render.console.check_bar", None)
+    assert facts_of(capsys, tmp_path, "--sheet", tmp_path / "sheet.png")["categories"][0]["name"] == "widget"
+
+
+def test_masks_that_vanish(tmp_path, capsys):
+    folder = make_mvtec(tmp_path, per_type=2, size=100)
+    dot = np.zeros((100, 100), np.uint8)
+    dot[0, 0] = 255
+    save(folder / "ground_truth/dent/001_mask.png", dot)
+    assert main(["check", str(tmp_path), "--image-size", "32", "32"]) == 0
+    printed = lines(capsys)
+    assert any(line.startswith("dent – 2 2 0.01 ") and line.endswith(" 1 vanished") for line in printed)
+    (losses,) = [line for line in printed if line.startswith("at 32 x 32 ")]
+    assert "images are reduced up to 3.1 times; 1 of 4 masks vanished: no pixel is left; --image-size " in losses
+
+
 def test_full_finds_what_quick_does_not(tmp_path, capsys):
     folder = make_mvtec(tmp_path)
     whole = (folder / "test/good/000.png").read_bytes()

@@ -88,6 +88,12 @@ def test_masks_are_outlined(tmp_path):
     assert content["crack"].pictures[1].caption == "0.01 %"
 
 
+def test_a_mask_of_another_size_is_marked_without_a_check(odd):
+    crack = strips(sheet(odd, per_type=12, check="none"))["crack"]
+    marked = {picture.name: picture.marks for picture in crack.pictures if picture.marks}
+    assert marked == {"006.png": ("mask of another size",), "011.png": ("cannot be read",)}
+
+
 def test_page(odd, tmp_path):
     path = tmp_path / "out" / "sheet.html"
     broken = SheetCategory(CategorySummary("<b>", "/nowhere", problems=("a <script> in it",)), ())
