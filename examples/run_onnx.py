@@ -13,13 +13,27 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def read(path, size):
-    """An image file as the model wants it: float32 [1, 3, height, width], RGB in [0, 1]."""
+def read(path, size, depth):
+    """An image file as the model wants it: float32 [1, 3, height, width], RGB in [0, 1]; `depth` is of 16-bit files."""
     height, width = size
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "F" or upright.mode.startswith("I"):
+            gray, limit = np.array(upright), 1 if upright.mode == "F" else 2**depth - 1
+            if not (gray.min() >= 0 and gray.max() <= limit):
+                sys.exit(f"{path}: its values {gray.min()} to {gray.max()} are outside of the model's 0 to {limit}")
+            upright = Image.fromarray(np.rint(gray * (255 / limit)).astype(np.uint8))
+        elif depth < 16 and image.format == "PNG" and is_wide(path):
+            sys.exit(f"{path}: pillow reads 8 of the 16 bits, of which the model uses {depth}; save it as gray")
+        upright = upright.convert("RGB")  # drops alpha
     pixels = np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def is_wide(path):
+    """True for a PNG file of 16 bits."""
+    with open(path, "rb") as file:
+        return file.read(25)[24] == 16
 
 
 def main(model, *paths):
@@ -28,14 +42,16 @@ def main(model, *paths):
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     size, sides = json.loads(metadata["fastbgad.image_size"]), json.loads(metadata["fastbgad.sides"])
+    depth = json.loads(metadata.get("fastbgad.bit_depth", "null")) or 16
     for path in paths:
-        images = read(path, size)
+        images = read(path, size, depth)
         # There are more outputs: anomaly_map, and log_likelihood_0, 1, ... of the feature levels.
         score, side, decision = session.run(["image_score", "image_side", "decision"], {"images": images})
         print(f"{score[0]:.5f}  {sides[side[0]]:9}  {(decision == 2).mean():6.2%}  {path}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that are not UTF-8
     if len(sys.argv) < 3:
         sys.exit("usage: run_onnx.py DETECTOR.onnx IMAGE...")
     main(*sys.argv[1:])

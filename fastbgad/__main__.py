@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import warnings
 from collections.abc import Sequence
 
 from .errors import FastBGADError, InterruptedTraining, Notice
+from .wording import printable
+
+_ESCAPE = "fastbgad.printable"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for wrong input or configuration, 130 after Ctrl-C."""
+    _let_streams_escape()
     # Imported here, so that a missing extra gets its message too.
     try:
         from .cli.parser import parse
@@ -30,6 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastbgad: interrupted", file=sys.stderr)
         return 130
+
+
+def _let_streams_escape() -> None:
+    """Let stdout and stderr escape what they cannot encode: names that are not UTF-8, or all but ASCII."""
+    codecs.register_error(_ESCAPE, _escape)
+    for stream in (sys.stdout, sys.stderr):
+        # Streams that a caller put in place may lack it.
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors=_ESCAPE)
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Return the replacement of text that cannot be encoded, as error handlers of `codecs` do."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = printable(error.object[error.start : error.end])
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

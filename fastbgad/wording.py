@@ -1,9 +1,12 @@
-"""Phrases that messages share: counts with their nouns, time spans, lists that are cut, names that are nearly right."""
+"""Phrases that messages share: counts with nouns, time spans, lists that are cut, names nearly right or not UTF-8."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -18,6 +21,19 @@ def duration(seconds: float) -> str:
         if whole >= unit:
             return f"{whole // unit} {name} {whole % unit // smaller} {smaller_name}"
     return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
+
+
+def printable(text: str) -> str:
+    r"""Return text that every encoding of Unicode can hold: bytes of a file name that is not UTF-8 become \xe4.
+
+    Python represents such bytes by lone surrogates (`os.fsdecode`); any other lone surrogate becomes \ud800.
+    """
+    return _SURROGATE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def indented(message: str) -> str:

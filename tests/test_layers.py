@@ -24,6 +24,7 @@ LAYERS = (
     ("fastbgad.compat",),
     ("fastbgad.compat.anomalib", "fastbgad.compat.freia"),
     ("fastbgad.compat.bgad", "fastbgad.bench"),
+    ("fastbgad.prediction",),  # a former name
     ("fastbgad.convert", "fastbgad.export", "fastbgad.predict", "fastbgad.train", "fastbgad.evaluate"),
     ("fastbgad.model",),
     ("fastbgad.features",),

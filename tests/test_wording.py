@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import pytest
 
 from fastbgad.errors import BackboneError, ConfigError, DatasetProblemsError, check_choice
-from fastbgad.wording import bullets, count, did_you_mean, duration, first_line, listed
+from fastbgad.wording import bullets, count, did_you_mean, duration, first_line, listed, printable
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,21 @@ def test_counts(number: int, text: str) -> None:
 )
 def test_lists_say_what_they_leave_out(most: int, total: int | None, text: str) -> None:
     assert listed(["a", "b", "c"], most, total=total) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (os.fsdecode(b"k\xe4rn0.png"), "k\\xe4rn0.png"),
+        ("\udc80\udcff", "\\x80\\xff"),
+        ("\ud800 \udc00 \udfff", "\\ud800 \\udc00 \\udfff"),
+        ("Kärn \U0001f600 \\xe4", "Kärn \U0001f600 \\xe4"),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(shown) == shown
+    shown.encode()
 
 
 def test_bullets() -> None:

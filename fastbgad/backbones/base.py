@@ -57,6 +57,9 @@ class Backbone(nn.Module):
         """Return the features as they are before standardization; see `forward`."""
         raise NotImplementedError
 
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise `FeatureError` for images of a size that the backbone cannot take, before there are any."""
+
     def standardize_level(self, level: int, features: Tensor) -> Tensor:
         """Return the standardized features [B, C, h, w] of one level, from those that `extract` gives."""
         return features if self.standardization is None else self.standardization.level(level, features)
@@ -114,6 +117,15 @@ class Backbone(nn.Module):
         self.eval()
 
 
+def check_smallest(height: int, width: int, smallest: int) -> None:
+    """Raise `FeatureError` for images with a side of less than `smallest` pixels."""
+    if min(height, width) < smallest:
+        raise FeatureError(
+            f"images of {height} x {width} pixels are too small for this backbone: "
+            f"each side needs at least {smallest}; resize them"
+        )
+
+
 def unit_range(
     images: Tensor,  # [B, 3, H, W] uint8 or floating point
     smallest: int,
@@ -131,12 +143,7 @@ def unit_range(
         raise FeatureError(f"images have the shape {list(images.shape)}; expected [batch, 3, height, width] in RGB")
     if images.shape[0] == 0:
         raise FeatureError("the batch holds no image")
-    if min(images.shape[2:]) < smallest:
-        height, width = images.shape[2:]
-        raise FeatureError(
-            f"images of {height} x {width} pixels are too small for this backbone: "
-            f"each side needs at least {smallest}; resize them"
-        )
+    check_smallest(images.shape[2], images.shape[3], smallest)
     if images.dtype == torch.uint8:
         return images.to(torch.float32) / 255
     if not images.is_floating_point():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BackboneError, FeatureError
-from .base import Backbone, unit_range
+from .base import Backbone, check_smallest, unit_range
 from .standardization import RunningMoments
 
 _LEVELS = (1, 2, 3)
@@ -113,6 +113,10 @@ class GaborBackbone(Backbone):
             FeatureError: images that cannot be used (see `unit_range`).
         """
         return self._raw(unit_range(images, _SMALLEST))
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """See `Backbone.check_image_size`."""
+        check_smallest(height, width, _SMALLEST)
 
     def standardize_level(self, level: int, features: Tensor) -> Tensor:
         """Return the features of one level, standardized and compressed.

@@ -16,7 +16,8 @@ from torch.nn.functional import avg_pool2d
 
 from ..errors import BackboneError, FeatureError
 from ..wording import choose, did_you_mean
-from .base import Backbone, unit_range
+from .base import Backbone, check_smallest, unit_range
+from .image_sizes import Size, SizeTrial
 from .options import DTYPES, BackboneOptions, check_timm_options
 from .packaged import package_of, packaged_state
 from .standardization import Standardization
@@ -71,7 +72,9 @@ class TimmBackbone(Backbone):
 
         self._channels_come_last = str(getattr(net, "output_fmt", "")).endswith("NHWC")
         source_config = net.pretrained_cfg
-        self._fixed_size = tuple(source_config["input_size"][1:]) if source_config.get("fixed_input_size") else None
+        self._usual_size: Size = tuple(source_config["input_size"][1:])
+        self._is_fixed_size = bool(source_config.get("fixed_input_size"))
+        self._sizes_that_work: set[Size] = set()
         # No tensors of the state dict: they follow from the name or are part of `config`.
         self._chosen: dict[str, list[float]] = {}
         for buffer, chosen in (("mean", options.mean), ("std", options.std)):
@@ -81,7 +84,7 @@ class TimmBackbone(Backbone):
                 self._chosen[buffer] = list(values)
             tensor = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(buffer, tensor, persistent=False)
-        self.net = net.to(_DTYPES[options.dtype]).to(memory_format=torch.channels_last)
+        self.net = _channels_last(net.to(_DTYPES[options.dtype]))
         if options.standardize != "none":
             self.standardization: Standardization = Standardization(self.channels, options.standardize)
         self._freeze()
@@ -97,17 +100,17 @@ class TimmBackbone(Backbone):
         Raises:
             FeatureError: images that the model cannot take, or features that are not maps of this many channels.
         """
-        # A reflection needs a neighbor on every map: twice as many pixels as zeros need.
-        images = unit_range(images, smallest=max(self.strides) * (2 if self.padding_mode == "reflect" else 1))
+        images = unit_range(images, self._smallest)
         height, width = images.shape[-2:]
-        fixed_height, fixed_width = self._fixed_size or (height, width)
-        if (height, width) != (fixed_height, fixed_width):
-            raise FeatureError(
-                f"{self.name} takes images of {fixed_height} x {fixed_width} pixels only, not {height} x {width}; "
-                "resize them or choose a convolutional backbone"
-            )
+        self._check_fixed_size(height, width)
         images = ((images - self.mean) / self.std).to(_DTYPES[self.dtype], memory_format=torch.channels_last)
-        features = self.net(images)
+        try:
+            features = self.net(images)
+        except Exception:
+            # A size that does not fit ends in as many kinds of exceptions as there are networks. Others, such as too
+            # little memory, stay as they are.
+            self.check_image_size(height, width)
+            raise
         if self._channels_come_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         for feature, channels in zip(features, self.channels, strict=True):
@@ -117,6 +120,37 @@ class TimmBackbone(Backbone):
                     "width] was expected; choose another backbone"
                 )
         return [self._averaged(level, maps) for level, maps in enumerate(features)]
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """See `Backbone.check_image_size`; the network is tried without memory, and not at all a second time."""
+        check_smallest(height, width, self._smallest)
+        self._check_fixed_size(height, width)
+        if (height, width) in self._sizes_that_work:
+            return
+        trial = SizeTrial(self.net)
+        if trial.works((height, width)):
+            self._sizes_that_work.add((height, width))
+            return
+        # Where no size at all can be tried, the failure says nothing about this one.
+        if near := trial.near((height, width), self._usual_size, self._smallest):
+            sizes = " and ".join(f"{rows} x {columns}" for rows, columns in near)
+            raise FeatureError(
+                f"{self.name} cannot take images of {height} x {width} pixels (height x width): its layers do not fit "
+                f"that size. Nearby {sizes} work{'s' * (len(near) == 1)}; choose such an image size, or another "
+                "backbone"
+            )
+
+    @property
+    def _smallest(self) -> int:
+        # A reflection needs a neighbor on every map: twice as many pixels as zeros need.
+        return max(self.strides) * (2 if self.padding_mode == "reflect" else 1)
+
+    def _check_fixed_size(self, height: int, width: int) -> None:
+        if self._is_fixed_size and (height, width) != self._usual_size:
+            raise FeatureError(
+                f"{self.name} takes images of {self._usual_size[0]} x {self._usual_size[1]} pixels only, not {height} "
+                f"x {width}; resize them or choose a convolutional backbone"
+            )
 
     def _averaged(self, level: int, maps: Tensor) -> Tensor:
         """Average over neighbors (Roth et al., PatchCore, CVPR 2022); beyond the border there are none.
@@ -217,6 +251,17 @@ def _truncate(net: Any, levels: tuple[int, ...]) -> None:
         # Stage s is the output of blocks[s - 1], stage 0 that of the stem; forward runs all blocks there are.
         last = max(net.feature_info[level]["stage"] for level in levels)
         net.blocks = nn.Sequential(*list(net.blocks)[:last])
+
+
+def _channels_last(net: nn.Module) -> nn.Module:
+    """Lay out the weights of two-dimensional convolutions channels_last, in place.
+
+    `net.to(memory_format=...)` would refuse networks that have a three-dimensional one, too.
+    """
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return net
 
 
 def _reflect(net: nn.Module, name: str) -> None:

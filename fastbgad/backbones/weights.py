@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError, CheckpointError, Notice
+from ..system.tensor_file import read_safetensors
 from ..system.torch_file import read_torch_file
 from ..wording import first_line, listed
 from .packaged import EXTRA, is_installed, package_of, packages
@@ -198,10 +199,9 @@ def _ask_hub(repository: str, file: str) -> None:
 
 def _read_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return read_safetensors(path)[0]
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}): it is damaged; {_REMEDY}") from error
 

@@ -72,9 +72,9 @@ def open_images(data: Path, category: str | None, layout: Layout, most_images: i
             break
         sample = samples[index]
         try:
-            height, width = read_image(sample.image).shape[:2]
+            height, width = read_image(sample.image, sample.decoding.bit_depth).shape[:2]
             if sample.mask is not None:
-                read_mask(sample.mask)
+                read_mask(sample.mask, sample.decoding.mask_threshold)
         except DataError as error:
             skipped.append(str(error))
         else:
@@ -96,7 +96,7 @@ def truth_masks(images: BenchImages, side: int, seed: int) -> Tensor:
     rows, columns = np.ogrid[:side, :side]
     for mask, sample in zip(masks, images.samples, strict=True):
         if sample.mask is not None:
-            mask[:] = resize_mask(read_mask(sample.mask), (side, side))
+            mask[:] = resize_mask(read_mask(sample.mask, sample.decoding.mask_threshold), (side, side))
         if mask.all() or not mask.any():
             y, x = rng.integers(0, side, 2)
             mask[:] = (rows - y) ** 2 + (columns - x) ** 2 <= _MASKED_SHARE / np.pi * side**2

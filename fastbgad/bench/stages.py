@@ -96,4 +96,4 @@ def flow_names(model: BGAD) -> list[str]:
 
 def load_image(sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Return a sample's image at `size` (height, width), uint8 [H, W, 3]; raise `DataError` if it cannot be read."""
-    return resize_image(read_image(sample.image), size)
+    return resize_image(read_image(sample.image, sample.decoding.bit_depth), size)

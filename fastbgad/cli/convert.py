@@ -14,7 +14,7 @@ from ..convert.conversion import ReadOptions, Target, convert
 from ..data import Sample, open_category
 from ..render import console
 from ..system.environment import choose_device
-from .options import Check, Layout
+from .options import Check, FileOptions, Layout
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,14 @@ class Convert:
     """Where the calibration runs: auto, cpu, cuda or cuda:N."""
     workers: int = 2
     """Threads that decode images."""
+    files: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
 
     def run(self) -> int:
         """Convert the file and print what it holds; return the exit code."""
         normals: tuple[Sample, ...] = ()
         if self.data is not None:
-            normals = open_category(self.data, self.category, self.layout, self.check).train
+            normals = open_category(self.data, self.category, self.layout, self.check, self.files).train
         with console.image_bar("calibration", len(normals)) if normals else nullcontext() as on_images:
             conversion = convert(
                 self.source,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from ..data import open_category
 from ..evaluate import CalibrationName, Evaluation, false_alarms, run_report
@@ -15,7 +18,7 @@ from ..model.detector import BGAD
 from ..render import console
 from ..system.environment import choose_device, versions
 from ..system.files import make_folder
-from .options import Check, Layout
+from .options import Check, FileOptions, Layout
 from .results import (
     REPORT_FILE,
     evaluate_with_bar,
@@ -56,11 +59,15 @@ class Evaluate:
     """auto, cpu, cuda or cuda:N."""
     workers: int = 2
     """Threads that decode images."""
+    files: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
 
     def run(self) -> int:
         """Evaluate the model, print the metrics and, if asked to, write them; return the exit code."""
         model = BGAD.load(self.model, device=choose_device(self.device))
-        category = open_category(self.data, self.category, self.layout, self.check)
+        files = self.files
+        if files.bit_depth is None:  # as the model was trained, not as this lot looks
+            files = replace(files, bit_depth=model.history.get("bit_depth"))
+        category = open_category(self.data, self.category, self.layout, self.check, files)
         samples, left_out = unseen_samples(model.history, category.test)
         if left_out:
             print(f"left out: {left_out}")

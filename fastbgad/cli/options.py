@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 
 from ..backbones import Standardize
 from ..data.inspection import Check as Check
+from ..data.layouts import FileOptions as FileOptions
 from ..data.layouts import Layout as Layout
 from ..errors import Notice
 

@@ -25,22 +25,27 @@ class Predict:
 
     fastbgad predict --engine ray --model runs/screw/model.safetensors --out scores --maps none archive/
 
+    Folders are searched for files with the suffix of an image; links are followed. A file that is named itself is tried
+    whatever its name.
+
     --engine ray spreads millions of images over processes, GPUs and machines. The images are divided into shards. The
     scores of each are one file in OUT/shards, written atomically; at the end all are joined into scores.csv.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders (searched recursively) or quoted globs."""
+    """Files, folders (searched recursively, but for hidden names) or quoted globs; a note names what is not read."""
     model: Path
     """A model.safetensors that train wrote."""
     out: Path
-    """Folder for scores.csv and maps/."""
+    """Folder for scores.csv and maps/; its own maps are not scored."""
     maps: MapFormat = "overlay"
     """overlay: heat over the image (PNG); png16: raw map, 16 bits, scale in maps.json; npy: raw float32; none."""
     resume: bool = False
     """Keep an existing scores.csv and score only the images it lacks; with --engine ray keep finished shards."""
     batch_size: int = 8
     """Images that go through the model together."""
+    bit_depth: int | None = None
+    """Significant bits of images that are stored in 16, such as 12; if left out, as the model was trained."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = 2
@@ -62,7 +67,7 @@ class Predict:
 
     def _run_here(self) -> int:
         model = BGAD.load(self.model, device=choose_device(self.device))
-        images = find_images(self.images)
+        images = find_images(self.images, leave_out=self.out)
         with console.image_bar("predict", len(images)) as on_images:
             summary = predict_files(
                 model,
@@ -72,6 +77,7 @@ class Predict:
                 resume=self.resume,
                 batch_size=self.batch_size,
                 workers=self.workers,
+                bit_depth=self.bit_depth,
                 on_images=on_images,
             )
         return self._print_outcome(summary.scored, summary.skipped, len(summary.failed), summary.failed)
@@ -86,6 +92,7 @@ class Predict:
             shard_size=self.shard_size,
             batch_size=self.batch_size,
             workers=self.workers,
+            bit_depth=self.bit_depth,
         )
         run = ray_run.run
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from ..backbones import Standardize, create_backbone
 from ..config import METHOD_NAMES, PRESETS, TrainConfig
 from ..data import Category, Sample, Split, open_category, split_known_anomalies
 from ..data.splits import known_pool
-from ..errors import BackboneError
+from ..errors import BackboneError, Notice
 from ..evaluate.evaluation import false_alarms
 from ..evaluate.report import write_report
 from ..features.store import Placement
@@ -27,7 +28,7 @@ from ..train import MODEL_FILE, FitResult, fit
 from ..train.data_parallel import DataParallel, process_group
 from ..train.items import check_images
 from ..wording import count
-from .options import STANDARDIZE, Check, Dtype, Layout, Preset
+from .options import STANDARDIZE, Check, Dtype, FileOptions, Layout, Preset
 from .results import (
     REPORT_FILE,
     evaluate_with_bar,
@@ -107,6 +108,7 @@ class Train:
     """Continue the run in --out, bit for bit on the same machine."""
     report: bool = True
     """Write report.html."""
+    files: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     preset: Preset = "official"
     """Defaults of everything below: the paper's schedule (200 passes over the images), short (24 passes, minutes on a
     CPU) or demo (8 passes). --preset short --help shows those."""
@@ -122,7 +124,10 @@ class Train:
             torch.set_num_threads(threads)
         # Each file need be checked by one process only.
         check = self.check if rank.is_first else "none"
-        category = open_category(self.data, self.category, self.layout, check)
+        with warnings.catch_warnings():
+            if not rank.is_first:
+                warnings.simplefilter("ignore", Notice)  # each need be said by one process only
+            category = open_category(self.data, self.category, self.layout, check, self.files)
         known = config.anomalies.num_anomalies if config.uses_anomalies else 0
         split = split_known_anomalies(category, known, config.anomalies.per_type, config.seed, self.types or None)
         check_images(split, config)  # before the backbone's weights are loaded

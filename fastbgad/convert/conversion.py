@@ -77,6 +77,8 @@ def convert(
     model, kind, notes = _from_foreign(source, options) if own_model is None else (own_model, "model of fastbgad", ())
     if normals:
         calibrate_model(model.to(device), normals, beta=beta, tau=tau, workers=workers, on_images=on_images)
+        if (depth := normals[0].decoding.bit_depth) is not None:
+            model.history["bit_depth"] = depth
         model.cpu()
     facts = {"read": f"{source}, {kind}", **_facts(model, len(normals))}
     if to == "fastbgad":

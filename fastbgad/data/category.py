@@ -149,10 +149,11 @@ def _set_bit_depth(listing: Listing) -> None:
         depth = find_bit_depth(listing.train)
         if depth is None:
             return
-        listing.notes.append(
-            f"the training images are stored in 16 bits and use {depth}: values 0 to {(1 << depth) - 1} are taken as "
-            f"black to white; --bit-depth 16 takes 0 to 65535, --bit-depth N another range"
-        )
+        if depth < 16:
+            listing.notes.append(
+                f"the training images are stored in 16 bits and use {depth}: values 0 to {(1 << depth) - 1} are taken "
+                "as black to white; --bit-depth 16 takes 0 to 65535, --bit-depth N another range"
+            )
     for samples in (listing.train, listing.test, listing.known):
         samples[:] = [s._replace(decoding=s.decoding._replace(bit_depth=depth)) for s in samples]
 

@@ -23,8 +23,8 @@ IMAGE_SUFFIXES = frozenset({
 
 # Files beside images that nobody takes for images.
 _NO_IMAGE = frozenset({
-    ".cfg", ".csv", ".db", ".dvc", ".gitignore", ".gitkeep", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md",
-    ".md5", ".pdf", ".py", ".rst", ".sha256", ".toml", ".tsv", ".txt", ".xml", ".yaml", ".yml",
+    ".cfg", ".csv", ".db", ".dvc", ".gitignore", ".gitkeep", ".htm", ".html", ".ini", ".json", ".jsonl", ".list",
+    ".log", ".md", ".md5", ".pdf", ".py", ".rst", ".sha256", ".toml", ".tsv", ".txt", ".xml", ".yaml", ".yml",
 })
 # fmt: on
 _SHOWN = 3  # names per reason
@@ -117,10 +117,16 @@ class ImageSearch:
             return False
         if entry.is_symlink():
             real = os.path.realpath(path)
-            if any(_holds(one, real) or _holds(real, one) for one in searched):
+            if _holds(real, searched[0]):
+                self.skipped.add("link to a folder that holds this one", path)
+                return False
+            if any(_holds(one, real) for one in searched):
                 self.skipped.add("link to a folder that is searched anyway", path)
                 return False
             searched.append(real)
+        elif len(searched) > 1 and os.path.realpath(path) in searched:
+            self.skipped.add("folder that a link led to before", path)
+            return False
         return True
 
     def _is_image(self, entry: os.DirEntry[str], path: str) -> bool:

@@ -41,6 +41,13 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"the image {path} is damaged ({error}); copy or export it again, or remove it") from error
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as RGB; an alpha channel is dropped."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # pillow warns of the direct way
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def turned_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Return pixels [H, W, ...] as the EXIF orientation wants them seen; 1 and unknown values leave them."""
     if orientation >= 5:  # the file's rows are the picture's columns

@@ -16,15 +16,17 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..errors import DataError
-from .image_file import opened, orientation_of
+from .image_file import as_rgb, opened, orientation_of
 from .masks import read_mask as read_mask
 from .masks import resize_mask as resize_mask
-from .wide_pixels import check_bit_depth, is_wide, read_wide_pixels, to_bytes
+from .wide_pixels import check_bit_depth, check_depth_known, is_wide, read_wide_pixels, to_bytes
 
 _WIDTH, _HEIGHT = 256, 257  # tags of a TIFF file
 
 
-def read_image(path: str | Path, bit_depth: int | None = None) -> NDArray[np.uint8]:
+def read_image(
+    path: str | Path, bit_depth: int | None = None, *, refuse_unknown_depth: bool = False
+) -> NDArray[np.uint8]:
     """Read an image file as RGB.
 
     Grayscale is repeated over the three channels, a palette is looked up, and an alpha channel is dropped (the colors
@@ -35,6 +37,8 @@ def read_image(path: str | Path, bit_depth: int | None = None) -> NDArray[np.uin
         path: of the file.
         bit_depth: significant bits of files of 16 (10, 12 or 14 for many cameras); None if they span 0..65535. Files of
             8 bits, and those that name their range, do not depend on it.
+        refuse_unknown_depth: refuse an image of 16 bits that uses fewer if no `bit_depth` is given: whether it is dark,
+            or of a camera of fewer bits, one image does not tell.
 
     Returns:
         uint8 [H, W, 3].
@@ -49,11 +53,13 @@ def read_image(path: str | Path, bit_depth: int | None = None) -> NDArray[np.uin
     with opened(path) as image:
         wide = read_wide_pixels(path, image)
         if wide is not None:
+            if refuse_unknown_depth and bit_depth is None:
+                check_depth_known(path, wide)
             return _colored(to_bytes(path, wide, bit_depth))
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             return _colored(_floats_to_bytes(path, np.array(image)))
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.array(as_rgb(image))
 
 
 def largest_wide_value(path: str | Path) -> int | None:

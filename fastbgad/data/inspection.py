@@ -85,14 +85,13 @@ def inspect_samples(
 
 
 def find_bit_depth(train: Sequence[Sample]) -> int | None:
-    """Return the significant bits of 16-bit training images, found from some of them; None if all 16 are used.
+    """Return the significant bits of training images that are stored in 16, found from some; None if none is.
 
     The same images decide whatever the check, so that every process that opens a category finds the same.
     """
     chosen = train[:: max(1, len(train) // _DEPTH_IMAGES)][:_DEPTH_IMAGES]
     largest = [value for sample in chosen if (value := _largest(sample.image)) is not None]
-    depth = significant_bits(largest) if largest else 16
-    return None if depth == 16 else depth
+    return significant_bits(largest) if largest else None
 
 
 def leaks(samples: Sequence[Sample], train: int, facts: Sequence[FileFacts]) -> list[str]:

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as tv
 from ..errors import ConfigError, DataError
 from ..wording import listed
 from .files import ImageSearch
-from .image_file import opened
+from .image_file import as_rgb, opened
 from .wide_pixels import read_wide_pixels
 
 DEFAULT_THRESHOLD = 0.5
@@ -125,7 +125,7 @@ def _read_file(path: Path, threshold: float | None) -> MaskReading:
         alpha = _alpha(image) if wide is None else None
         levels = _levels_of(path, _values(image) if wide is None else wide.values)
     if alpha is not None:
-        visible = alpha > round(255 * (DEFAULT_THRESHOLD if threshold is None else threshold))
+        visible = alpha > 255 * (DEFAULT_THRESHOLD if threshold is None else threshold)
         if not visible.all():
             return _from_alpha(path, levels, visible, has_channel)
     return _from_levels(path, levels, threshold, lossy)
@@ -139,7 +139,7 @@ def _alpha(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _values(image: Image.Image) -> NDArray[Any]:
-    return np.array(image if image.mode in ("1", "L", "F") else image.convert("RGB"))
+    return np.array(image if image.mode in ("1", "L", "F") else as_rgb(image))
 
 
 def _levels_of(path: Path, values: NDArray[Any]) -> _Levels:

@@ -87,6 +87,16 @@ def to_bytes(path: Path, wide: WidePixels, bit_depth: int | None) -> NDArray[np.
     return np.rint(wide.values * (255 / limit)).astype(np.uint8)
 
 
+def check_depth_known(path: Path, wide: WidePixels) -> None:
+    """Raise `DataError` for an image that does not use all bits of its file, which may be dark or of fewer bits."""
+    depth = significant_bits([int(wide.values.max(initial=0))])
+    if not wide.scaled and wide.bits == 16 and depth < 16:
+        raise DataError(
+            f"the image {path} is stored in 16 bits and uses {depth}, and the model was trained on none of 16, so that "
+            f"its depth is not known: give --bit-depth {depth} for a camera of {depth} bits, or 16 for a dark image"
+        )
+
+
 def significant_bits(largest: Iterable[int]) -> int:
     """Return the depth, one of `DEPTHS`, that the largest values of several images need."""
     top = max(largest, default=0)

@@ -64,9 +64,9 @@ def export_detector(
     """Write a detector to one file, atomically, after checking that it computes the same.
 
     The file takes `images` [B, 3, H, W] float32, RGB in [0, 1], contiguous, of the model's size and in any number. Its
-    outputs are those of `fastbgad.export.graph.ExportedDetector.forward`. It holds thresholds, image size, the names of
-    the sides and the version: as `metadata_props` of an ONNX model, as the extra file `fastbgad.json` of a
-    torch.export archive, as metadata of an AOTInductor package.
+    outputs are those of `fastbgad.export.graph.ExportedDetector.forward`. It holds thresholds, image size, the bit
+    depth of the 16-bit images in training, the names of the sides and the version: as `metadata_props` of an ONNX
+    model, as the extra file `fastbgad.json` of a torch.export archive, as metadata of an AOTInductor package.
 
     A backbone in float16 or bfloat16 is exported in float32, which every runtime has; the summary holds the difference
     that this makes.
@@ -147,6 +147,8 @@ def _metadata(model: BGAD) -> dict[str, str]:
         "threshold_b_a": b_a,
         "highest_score": float(model.offset),
         "sides": DECISIONS,
+        # Significant bits of the 16-bit files that it was trained on; null where they span all, and for files of 8.
+        "bit_depth": model.history.get("bit_depth"),
         "images": "float32 [batch, 3, height, width], RGB in [0, 1], contiguous",
     }
     return {f"fastbgad.{name}": json.dumps(value) for name, value in facts.items()}

@@ -116,7 +116,8 @@ def _write_torch_export(program: ExportedProgram, path: Path, metadata: Mapping[
 
 
 def _load_torch_export(path: Path, device: torch.device, constants: Constants) -> Run:
-    program = torch.export.load(path)
+    with path.open("rb") as file:  # given a path, PyTorch opens only names that are UTF-8
+        program = torch.export.load(file)
     for name, value in constants.items():
         program.state_dict[name].copy_(value)
     module = program.module()
@@ -140,7 +141,8 @@ def _write_aoti(program: ExportedProgram, path: Path, metadata: Mapping[str, str
 
 
 def _load_aoti(path: Path, device: torch.device, constants: Constants) -> Run:
-    package: Any = torch._inductor.aoti_load_package(str(path))
+    with path.open("rb") as file:
+        package: Any = torch._inductor.aoti_load_package(file)
     if constants:
         package.load_constants(dict(constants), check_full_update=False)
     # The compiled code expects the memory layout that it was traced with and ignores strides.

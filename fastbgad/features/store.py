@@ -8,6 +8,7 @@ where they fit, else in a memory-mapped file.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -95,9 +96,12 @@ class FeatureStore:
             try:
                 handle, name = tempfile.mkstemp(prefix=".features.", suffix=".bin", dir=parent)
                 self._file = Path(name)
+                size = count * self.dtype.itemsize
                 try:
                     # Reserves the blocks now: writing to a hole of a full disk through a map would kill the process.
-                    os.posix_fallocate(handle, 0, max(1, count * self.dtype.itemsize))
+                    os.posix_fallocate(handle, 0, max(1, size))
+                    # Not torch.from_file, which opens only names that are UTF-8.
+                    mapped = mmap.mmap(handle, max(1, size))
                 finally:
                     os.close(handle)
             except OSError as error:
@@ -106,7 +110,7 @@ class FeatureStore:
                     f"cannot reserve {self.bytes / 2**30:.1f} GiB for features in {parent}: {error.strerror}; "
                     "free some space or choose another folder"
                 ) from error
-            return torch.from_file(name, shared=True, size=count, dtype=self.dtype)
+            return torch.frombuffer(mapped, dtype=torch.uint8)[:size].view(self.dtype)
         pinned = self.placement == "pinned"
         return torch.empty(count, dtype=self.dtype, device=self.home, pin_memory=pinned)
 

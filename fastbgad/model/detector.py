@@ -45,6 +45,9 @@ class BGAD(nn.Module):
         precision: deprecated name of matmul_precision.
 
     A new model has random flows and no calibration: `fastbgad.fit` trains it, `BGAD.load` reads a trained one.
+
+    Raises:
+        FeatureError: the backbone cannot take images of this size; the message names sizes that it takes.
     """
 
     level_max: Tensor
@@ -67,6 +70,7 @@ class BGAD(nn.Module):
         matmul_precision = renamed_precision(matmul_precision, precision)
         self.backbone = backbone
         self.image_size: tuple[int, int] = (int(image_size[0]), int(image_size[1]))
+        backbone.check_image_size(*self.image_size)
         self.flow_config: FlowConfig = flow or FlowConfig()
         self.normalizer = normalizer
         self.impl: Impl = impl

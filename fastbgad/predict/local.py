@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ..data import read_image, resize_image
+from ..data.wide_pixels import check_bit_depth
 from ..errors import ConfigError, DataError, OutputError, check_choice
 from ..model.detector import BGAD, Prediction
 from ..model.scoring import DECISIONS
@@ -46,13 +47,22 @@ class PredictionSummary:
     failed: tuple[str, ...]  # one message per image that could not be read
 
 
-def find_images(patterns: Sequence[str | Path]) -> list[Path]:
-    """Return the images that files, folders (searched recursively) and globs name, each once, in a stable order.
+def find_images(patterns: Sequence[str | Path], leave_out: str | Path | None = None) -> list[Path]:
+    """Return the images that files, folders and globs name, each once, in a stable order.
+
+    Folders are searched recursively and through links, for the suffixes of images; hidden files and folders are left
+    out. A file that is named itself is taken whatever its name. A `fastbgad.errors.Notice` counts and names what was
+    left out.
+
+    Args:
+        patterns: names of files, folders and globs.
+        leave_out: the folder that results are written to, if it lies among the images: its maps are not found.
 
     Raises:
-        DataError: a name that matches nothing, or a folder without images.
+        DataError: a name that matches no image, or a folder that cannot be listed.
     """
-    return [Path(path) for path in iterate_images(patterns)]
+    # Not a comprehension, which would be a caller of its own to the notice.
+    return list(map(Path, iterate_images(patterns, leave_out)))
 
 
 def predict_files(
@@ -64,6 +74,7 @@ def predict_files(
     resume: bool = False,
     batch_size: int = 8,
     workers: int = 2,
+    bit_depth: int | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> PredictionSummary:
     """Score image files; write `scores.csv` and one map per image.
@@ -80,14 +91,16 @@ def predict_files(
         resume: keep an existing CSV and leave out the images it lists without an error.
         batch_size: images that go through the model together.
         workers: threads that decode images and write maps.
+        bit_depth: significant bits of images that are stored in 16; if None, as the model was trained.
         on_images: called with the number of images of every finished batch.
 
     Raises:
+        ConfigError: an option has a value that cannot work.
         FeatureError: the model has no calibration.
         OutputError: `out` cannot be written, or holds a CSV and `resume` is false.
     """
     model.calibration()  # before anything is written
-    check_options(maps, batch_size, workers)
+    check_options(maps, batch_size, workers, bit_depth)
     folder = make_folder(out)
     table = folder / CSV_FILE
     if table.exists() and not resume:
@@ -97,7 +110,16 @@ def predict_files(
     if maps == "png16":
         write_scale(folder, model)
     failed: list[str] = []
-    batches = score_images(model, waiting, map_names(images), folder, maps=maps, batch_size=batch_size, workers=workers)
+    batches = score_images(
+        model,
+        waiting,
+        map_names(images),
+        folder,
+        maps=maps,
+        batch_size=batch_size,
+        workers=workers,
+        bit_depth=bit_depth,
+    )
     with _CsvWriter(table) as rows:
         for lines in batches:
             rows.write(lines)
@@ -108,11 +130,21 @@ def predict_files(
     return PredictionSummary(scored, len(images) - len(waiting), tuple(failed))
 
 
-def check_options(maps: str, batch_size: int, workers: int) -> None:
-    """Raise `ConfigError` for an unknown format of maps, a batch size or a number of threads below 1."""
+def check_options(maps: str, batch_size: int, workers: int, bit_depth: int | None = None) -> None:
+    """Raise `ConfigError` for an option with a value that cannot work."""
     check_choice("maps", maps, MapFormat)
     if batch_size < 1 or workers < 1:
         raise ConfigError(f"batch_size is {batch_size} and workers {workers}; both must be at least 1")
+    check_bit_depth(bit_depth)
+
+
+def chosen_depth(model: BGAD, bit_depth: int | None) -> int | None:
+    """Return the significant bits of images that are stored in 16: as asked for, or as the model was trained.
+
+    None: the model was trained on none of 16 bits. Then an image that uses fewer is refused, since its depth is not
+    known.
+    """
+    return bit_depth or model.history.get("bit_depth")
 
 
 def score_images(
@@ -124,6 +156,7 @@ def score_images(
     maps: MapFormat,
     batch_size: int,
     workers: int,
+    bit_depth: int | None = None,
 ) -> Iterator[list[list[str]]]:
     """Score images and write their maps; yield the CSV lines (`COLUMNS`) of a batch once its maps are written.
 
@@ -133,11 +166,13 @@ def score_images(
     Args:
         names: of every image the name of its map below `maps/`, without a suffix.
         folder: where the maps go.
+        bit_depth: see `predict_files`.
     """
+    read = partial(_read, bit_depth=chosen_depth(model, bit_depth))
     scale = _map_range(model)
     with ThreadPoolExecutor(workers, thread_name_prefix="fastbgad-predict") as pool:
         unwritten: list[Callable[[], list[str]]] = []
-        for batch in _batches(images, batch_size, pool):
+        for batch in _batches(images, batch_size, pool, read):
             good = [(path, image) for path, image in batch if not isinstance(image, DataError)]
             lines: dict[Path, Callable[[], list[str]]] = {}
             if good:
@@ -171,22 +206,25 @@ def csv_bytes(lines: Sequence[Sequence[str]]) -> bytes:
 
 
 def _batches(
-    paths: Sequence[Path], batch_size: int, pool: ThreadPoolExecutor
+    paths: Sequence[Path],
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    read: Callable[[Path], np.ndarray | DataError],
 ) -> Iterator[list[tuple[Path, np.ndarray | DataError]]]:
     """Yield batches of decoded images, one batch ahead of the model, with errors for unreadable images."""
-
-    def read(path: Path) -> np.ndarray | DataError:
-        try:
-            return read_image(path)
-        except DataError as error:
-            return error
-
     remaining = iter(paths)
     ahead = [(path, pool.submit(read, path)) for path in islice(remaining, batch_size)]
     while ahead:
         current = ahead
         ahead = [(path, pool.submit(read, path)) for path in islice(remaining, batch_size)]
         yield [(path, job.result()) for path, job in current]
+
+
+def _read(path: Path, bit_depth: int | None) -> np.ndarray | DataError:
+    try:
+        return read_image(path, bit_depth, refuse_unknown_depth=True)
+    except DataError as error:
+        return error
 
 
 def _line_of(path: Path, prediction: Prediction, i: int, map_name: Future[str]) -> list[str]:

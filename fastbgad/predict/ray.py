@@ -36,7 +36,7 @@ from ..system.environment import choose_device
 from ..system.files import sha256
 from ..wording import bullets, count, first_line
 from .image_list import Part
-from .local import MapFormat, check_options, map_names, score_images, write_scale
+from .local import MapFormat, check_options, chosen_depth, map_names, score_images, write_scale
 from .ray_session import ray_session, require_ray
 from .shards import ShardedRun, ShardFolder, open_run
 
@@ -62,6 +62,7 @@ class Job:
     maps: MapFormat
     batch_size: int
     workers: int
+    bit_depth: int | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def open_ray_run(
     shard_size: int = DEFAULT_SHARD_SIZE,
     batch_size: int = 8,
     workers: int = 2,
+    bit_depth: int | None = None,
 ) -> RayRun:
     """Check model and options, list the images and prepare the run folder; Ray is not started.
 
@@ -104,6 +106,7 @@ def open_ray_run(
         shard_size: images per shard, which a crashed worker loses at most.
         batch_size: images that go through the model together.
         workers: threads of each Ray worker that decode images and write maps.
+        bit_depth: see `predict_files`.
 
     Raises:
         MissingDependencyError: ray is not installed.
@@ -111,14 +114,15 @@ def open_ray_run(
         DataError, ConfigError, OutputError: see `open_run`.
     """
     require_ray()
-    check_options(maps, batch_size, workers)
+    check_options(maps, batch_size, workers, bit_depth)
     loaded = BGAD.load(model)
     loaded.calibration()
     digest = sha256(model)
-    run = open_run(patterns, out, model_sha256=digest, maps=maps, shard_size=shard_size, resume=resume)
+    depth = chosen_depth(loaded, bit_depth)
+    run = open_run(patterns, out, model_sha256=digest, maps=maps, shard_size=shard_size, bit_depth=depth, resume=resume)
     if maps == "png16":
         write_scale(run.folder.path, loaded)
-    job = Job(Path(model).absolute(), digest, run.folder, Path.cwd(), maps, batch_size, workers)
+    job = Job(Path(model).absolute(), digest, run.folder, Path.cwd(), maps, batch_size, workers, depth)
     return RayRun(run, job)
 
 
@@ -216,6 +220,7 @@ class ShardScorer:
             maps=job.maps,
             batch_size=job.batch_size,
             workers=job.workers,
+            bit_depth=job.bit_depth,
         )
         finished |= {line[0]: line for lines in batches for line in lines}
         lines = [finished[str(path)] for path in images]

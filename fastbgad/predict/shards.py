@@ -147,6 +147,7 @@ def open_run(
     model_sha256: str,
     maps: MapFormat,
     shard_size: int,
+    bit_depth: int | None = None,
     resume: bool,
 ) -> ShardedRun:
     """List the images; begin a run folder, or find out what an earlier run left to do.
@@ -181,9 +182,11 @@ def open_run(
             "images_sha256": images.sha256,
             "shard_size": shard_size,
             "maps": maps,
+            "bit_depth": bit_depth,
         }
         if earlier is not None:
-            _compare(folder.path, earlier, facts)
+            # There was no choice before.
+            _compare(folder.path, {"bit_depth": None, **earlier}, facts)
             # The same bytes; a list that went missing or was damaged is whole again.
             listing.replace(folder.path / LIST_FILE)
     finally:
@@ -232,11 +235,14 @@ def _compare(folder: Path, earlier: dict[str, object], now: dict[str, object]) -
 
     if differs("model_sha256"):
         raise OutputError(f"{folder} was begun with another model; take that one or choose another folder")
-    for name, option in (("shard_size", "--shard-size"), ("maps", "--maps")):
+    for name, option in (("shard_size", "--shard-size"), ("maps", "--maps"), ("bit_depth", "--bit-depth")):
+        if differs(name) and earlier.get(name) is None:
+            raise OutputError(f"{folder} was begun without {option}; leave it out or choose another folder")
         if differs(name):
+            given = f"not {now[name]}" if now[name] is not None else "which is missing now"
             raise OutputError(
-                f"{folder} was begun with {option} {earlier.get(name)}, not {now[name]}; take {option} "
-                f"{earlier.get(name)} or choose another folder"
+                f"{folder} was begun with {option} {earlier.get(name)}, {given}; take {option} {earlier.get(name)} or "
+                "choose another folder"
             )
     if differs("images", "images_sha256"):
         raise OutputError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import MissingDependencyError
 from ..progress import Progress
-from ..wording import duration
+from ..wording import duration, printable
 
 _WIDEST = 240  # columns of a table in a log file
 _LINE_EVERY = 10.0  # seconds between lines where no bar can be drawn (a log file, CI)
@@ -176,7 +176,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*(decimals(cell) if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(decimals(cell) if isinstance(cell, float) else printable(str(cell)) for cell in row))
     # A file or a pipe has no width: lines need no folding.
     width = None if sys.stdout.isatty() else _WIDEST
     rich.console.Console(soft_wrap=True, width=width).print(table)

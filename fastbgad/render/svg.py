@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import MissingDependencyError
+from ..wording import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +92,12 @@ def new_panels(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 def drawn_svg(figure: Figure, label: str) -> str:
     """Return the figure as matplotlib writes it, with letters as text; `label` differs between the charts of a page."""
     import matplotlib
+    from matplotlib.text import Text
 
+    # matplotlib cannot measure names that are not UTF-8.
+    for text in figure.findobj(Text):
+        if (shown := printable(text.get_text())) != text.get_text():
+            text.set_text(shown)
     buffer = io.StringIO()
     # Text stays text: smaller, selectable, and in the page's own font.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import write_bytes
+from .tensor_file import read_safetensors
 
 FORMAT = 1
 HEADER = "fastbgad"
@@ -53,9 +54,7 @@ def load_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; give the path of a file that `fastbgad train` wrote")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, header = read_safetensors(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({error}); copy it again from its source or train again"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..wording import printable
 
 
 def make_folder(path: str | Path) -> Path:
@@ -68,12 +69,13 @@ def write_bytes(target: str | Path, content: bytes) -> None:
 
 
 def write_text(target: str | Path, content: str) -> None:
-    """Write `content` to `target` atomically, as UTF-8."""
-    write_bytes(target, content.encode())
+    """Write `content` to `target` atomically, as UTF-8; bytes of names that are not UTF-8 are escaped (`printable`)."""
+    write_bytes(target, printable(content).encode())
 
 
 def write_json(target: str | Path, content: Any) -> None:
     """Write `content` as readable JSON to `target` atomically; raise `ValueError` for NaN, which is not JSON."""
+    # json escapes all but ASCII, so that names which are not UTF-8 come back as they were.
     write_text(target, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

@@ -300,6 +300,8 @@ class TrainingRun:
         }
         if self.known_beyond:
             history["known_anomalies_beyond"] = self.known_beyond
+        if (depth := self.split.normals[0].decoding.bit_depth) is not None:
+            history["bit_depth"] = depth
         return history
 
     def _generation(self, pass_index: int) -> int:

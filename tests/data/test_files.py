@@ -68,7 +68,23 @@ def test_links_are_followed_once(tmp_path):
     os.symlink(tmp_path / "other" / "c.png", photos / "linked.png")
     images, counts = found(photos)
     assert images == ["line1/a.png", "linked.png", "other/c.png", "other/line2/b.png"]
-    assert counts["link to a folder that is searched anyway"] == 4
+    assert (
+        counts
+        == {
+            "link to a folder that is searched anyway": 2,
+            "link to a folder that holds this one": 2,
+            "link to something that does not exist": 0,
+        }
+        | counts
+    )
+    assert sum(counts.values()) == 5
+
+
+def test_a_link_to_a_part_does_not_hide_the_rest(tmp_path):
+    touch(tmp_path, "other/line2/b.png", "other/c.png", "photos/x.png")
+    os.symlink(tmp_path / "other" / "line2", tmp_path / "photos" / "a")
+    os.symlink(tmp_path / "other", tmp_path / "photos" / "b")
+    assert found(tmp_path / "photos") == (["a/b.png", "b/c.png", "x.png"], {"folder that a link led to before": 1})
 
 
 def test_a_link_to_a_missing_image_is_found(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from fastbgad.data import read_mask
+from fastbgad.data import read_image, read_mask
 from fastbgad.data.masks import read_mask_closely
 from fastbgad.errors import ConfigError, DataError
 from tests.make_data import save
@@ -205,6 +205,17 @@ def test_gray_and_palette_with_alpha(tmp_path, blob):
         indexed.putpalette(colors)
         indexed.save(tmp_path / f"{name}.png", transparency=0)
         np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), blob)
+
+
+@pytest.mark.filterwarnings("error")
+def test_palette_with_soft_alpha(tmp_path, blob):
+    """As the masks of a public data set of cookies: 256 shades of transparency for one color each."""
+    soft = np.asarray(Image.fromarray((blob * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2)))
+    indexed = Image.fromarray(soft, mode="P")
+    indexed.putpalette([200, 40, 40] * 256)
+    indexed.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), soft > 127)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0, 0], [200, 40, 40])
 
 
 @pytest.mark.parametrize("opaque", [255, 254, 200])

@@ -98,12 +98,14 @@ def test_what_an_onnx_file_holds(gabor: BGAD, onnx_file: Path) -> None:
     assert metadata["fastbgad.sides"] == ["normal", "margin", "anomalous"]
     assert (metadata["fastbgad.threshold_b_n"], metadata["fastbgad.threshold_b_a"]) == gabor.thresholds()
     assert metadata["fastbgad.version"]
+    assert metadata["fastbgad.bit_depth"] is None
     assert str(ROOT).encode() not in onnx_file.read_bytes()
     assert list(onnx_file.parent.iterdir()) == [onnx_file]  # no external data, nothing temporary
 
 
-def test_torch_export(resnet: BGAD, tmp_path: Path) -> None:
+def test_torch_export(resnet: BGAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "detector.pt2"
+    monkeypatch.setattr(resnet, "history", {"bit_depth": 12})
     summary = export_detector(resnet, str(path), "torch-export")
     assert summary.file_bytes == path.stat().st_size
     assert summary.operations > 100
@@ -111,7 +113,9 @@ def test_torch_export(resnet: BGAD, tmp_path: Path) -> None:
     assert summary.narrow is None
     extra = {export_formats.METADATA_FILE: ""}
     module = torch.export.load(path, extra_files=extra).module()
-    assert json.loads(json.loads(extra[export_formats.METADATA_FILE])["fastbgad.image_size"]) == [64, 64]
+    metadata = json.loads(extra[export_formats.METADATA_FILE])
+    assert json.loads(metadata["fastbgad.image_size"]) == [64, 64]
+    assert json.loads(metadata["fastbgad.bit_depth"]) == 12
     for batch in (1, 2, 5):
         images = batch_of(resnet.image_size, batch)
         assert_same(module(images), resnet, images)
@@ -120,11 +124,13 @@ def test_torch_export(resnet: BGAD, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="needs a C++ compiler")
 @pytest.mark.slow  # the C++ compiler alone takes half a minute
-def test_aoti(tiny: BGAD, tmp_path: Path) -> None:
+def test_aoti(tiny: BGAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "detector.pt2"
+    monkeypatch.setattr(tiny, "history", {"bit_depth": 12})
     export_detector(tiny, path, "aoti")
     package = torch._inductor.aoti_load_package(str(path))
     assert json.loads(package.get_metadata()["fastbgad.threshold_b_a"]) == tiny.thresholds()[1]
+    assert json.loads(package.get_metadata()["fastbgad.bit_depth"]) == 12
     for batch in (1, 2, 5):
         images = batch_of(tiny.image_size, batch)
         assert_same(package(images), tiny, images)

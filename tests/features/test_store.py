@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ def backbone():
     generator = torch.Generator().manual_seed(0)
     backbone.fit([torch.randint(0, 255, (3, 3, 64, 80), dtype=torch.uint8, generator=generator)])
     return backbone
+
+
+def test_a_folder_whose_name_is_not_utf8(backbone, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xfcn")
+    store = FeatureStore(backbone, (64, 80), 1, StoreOptions(placement="disk", folder=folder))
+    extract_into(store, backbone, [([0], torch.zeros(1, 3, 64, 80, dtype=torch.uint8), torch.zeros(1, 64, 80) > 0)])
+    assert len(list(folder.iterdir())) == 1
+    store.close()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("placement", ["auto", "memory", "device", "disk"])

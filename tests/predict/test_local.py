@@ -119,12 +119,47 @@ def test_resume(model: BGAD, photos: Path, tmp_path: Path) -> None:
     assert (out / CSV_FILE).read_bytes() == whole
 
 
+def test_bit_depth(model: BGAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model was trained, unless another depth is asked for: the scores of the same images in 8 bits."""
+    values = np.random.default_rng(0).integers(0, 4096, (3, 64, 64), dtype=np.uint16)
+    twelve = [save(tmp_path / f"twelve/{n}.png", pixels) for n, pixels in enumerate(values)]
+    scaled = {bits: np.rint(values * (255 / (2**bits - 1))).astype(np.uint8) for bits in (12, 16)}
+    eight = {
+        bits: [save(tmp_path / f"eight{bits}/{n}.png", pixels) for n, pixels in enumerate(images)]
+        for bits, images in scaled.items()
+    }
+
+    def scores(images: list[Path], **options: object) -> list[tuple[str, str]]:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        predict_files(model, images, out, maps="none", **options)
+        return [(line["score"], line["anomalous_area"]) for line in rows(out)]
+
+    expected = {bits: scores(images) for bits, images in eight.items()}
+    assert expected[12] != expected[16]
+    assert scores(twelve, bit_depth=16) == expected[16]
+    assert scores(twelve, bit_depth=12) == expected[12]
+    # A model that was trained on none of 16 bits does not know the depth of an image that uses few of them.
+    assert predict_files(model, [*twelve, *eight[12]], tmp_path / "unknown", maps="none").scored == 3
+    errors = [line["error"] for line in rows(tmp_path / "unknown")]
+    assert ["give --bit-depth 12 for a camera of 12 bits" in error for error in errors] == [True] * 3 + [False] * 3
+    monkeypatch.setitem(model.history, "bit_depth", 12)
+    assert scores(twelve) == expected[12]
+    assert scores(eight[12]) == expected[12]
+    assert scores(twelve, bit_depth=16) == expected[16]
+    brighter = save(tmp_path / "brighter.png", values[0] + 4000)
+    assert predict_files(model, [brighter, *twelve], tmp_path / "out", maps="none").scored == 3
+    assert [str(brighter) in line["error"] for line in rows(tmp_path / "out")] == [True, False, False, False]
+
+
 def test_bad_options(model: BGAD, photos: Path, tmp_path: Path) -> None:
     images = find_images([photos])
     with pytest.raises(ConfigError, match="overlay"):
         predict_files(model, images, tmp_path / "out", maps="bmp")
     with pytest.raises(ConfigError, match="at least 1"):
         predict_files(model, images, tmp_path / "out", batch_size=0)
+    for depth in (0, -12, 17):
+        with pytest.raises(ConfigError, match=f"bit_depth is {depth}"):
+            predict_files(model, images, tmp_path / "out", bit_depth=depth)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot create the folder"):
         predict_files(model, images, tmp_path / "file" / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,13 @@ from fastbgad.errors import (
     DataError,
     FeatureError,
     MissingDependencyError,
+    Notice,
     OutputError,
 )
 from fastbgad.model import BGAD
 from fastbgad.predict.image_list import read_part
 from fastbgad.predict.local import COLUMNS, CSV_FILE, find_images, map_names, predict_files
-from fastbgad.predict.ray import ATTEMPTS, open_ray_run, predict_with_ray
+from fastbgad.predict.ray import ATTEMPTS, ShardScorer, open_ray_run, predict_with_ray
 from fastbgad.predict.ray_session import ray_session
 from fastbgad.predict.shards import ShardedRun, open_run
 from fastbgad.train.fit import fit
@@ -209,6 +212,7 @@ def test_a_folder_belongs_to_one_model_and_one_list(photos: Path, tmp_path: Path
         ({"model_sha256": "n", "resume": True}, "another model"),
         ({"shard_size": 4, "resume": True}, "take --shard-size 3"),
         ({"maps": "npy", "resume": True}, "take --maps none"),
+        ({"bit_depth": 12, "resume": True}, "begun without --bit-depth"),
     ):
         with pytest.raises(OutputError, match=message):
             opened(photos, out, **options)
@@ -217,6 +221,9 @@ def test_a_folder_belongs_to_one_model_and_one_list(photos: Path, tmp_path: Path
         opened(photos, out, resume=True)
     assert sorted(path.name for path in out.iterdir()) == ["images.list", "manifest.json", "shards"]
     (photos / "99.png").unlink()
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["bit_depth"]  # as in runs before there was a choice
+    (out / "manifest.json").write_text(json.dumps(manifest))
     assert opened(photos, out, resume=True).waiting == ()
     (out / "manifest.json").write_text("{")
     with pytest.raises(OutputError, match=r"manifest\.json is damaged"):
@@ -226,6 +233,42 @@ def test_a_folder_belongs_to_one_model_and_one_list(photos: Path, tmp_path: Path
         opened(photos, out, resume=True)
     with pytest.raises(ConfigError, match="at least 1"):
         opened(photos, tmp_path / "new", shard_size=0)
+
+
+def test_bit_depth(model: Path, tmp_path: Path) -> None:
+    """A worker takes the depth that the model was trained with, or the one that is asked for."""
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
+    photo = save(tmp_path / "a.png", values)
+    trained = BGAD.load(model)
+    trained.history["bit_depth"] = 12
+    trained.save(tmp_path / "twelve.safetensors")
+    scores = {}
+    for name, options in (
+        ("trained", {"model": tmp_path / "twelve.safetensors"}),
+        ("asked", {"model": model, "bit_depth": 12}),
+        ("unknown", {"model": model}),
+        ("all asked", {"model": tmp_path / "twelve.safetensors", "bit_depth": 16}),
+    ):
+        ray_run = open_ray_run(**options, patterns=[photo], out=tmp_path / name, maps="none")
+        ((_, scores[name], *_, error),) = ShardScorer(ray_run.job, "cpu").score(ray_run.run.parts[0])
+        assert ("give --bit-depth 12" in error) == (name == "unknown")
+    assert scores["trained"] == scores["asked"] != scores["all asked"]
+
+
+@pytest.mark.parametrize(("inside", "left_out"), [("scores", "scores"), (".", "maps, shards")])
+def test_the_results_among_the_images(photos: Path, inside: str, left_out: str) -> None:
+    """They are no images of the run that is resumed, whose list is the same, then."""
+    out = photos / inside
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)  # of the empty folder
+        run = opened(photos, out, maps="overlay")
+    for number in range(2):
+        save(out / "maps" / f"{number:06d}" / "a.png", np.zeros((8, 8), np.uint8))
+    run.folder.join(run.parts)
+    with pytest.warns(Notice, match=rf"left out of .*photos: . folders? that results .*\({left_out}\)$") as told:
+        again = opened(photos, out, maps="overlay", resume=True)
+    assert len(told) == 1
+    assert (again.count, again.waiting) == (IMAGES, ())
 
 
 def test_only_whole_shards_of_the_right_images_count(photos: Path, tmp_path: Path) -> None:
@@ -263,6 +306,7 @@ def test_bad_input_is_found_before_ray_starts(model: Path, photos: Path, tmp_pat
         (DataError, "matches nothing", {"patterns": ["none/*.png"]}),
         (ConfigError, "overlay", {"maps": "bmp"}),
         (ConfigError, "at least 1", {"workers": 0}),
+        (ConfigError, "bit_depth is 17", {"bit_depth": 17}),
     ):
         with pytest.raises(error, match=message):
             open_ray_run(**{"model": model, "patterns": [photos], "out": out, **options})

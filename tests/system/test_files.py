@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from threading import Thread
@@ -84,6 +85,16 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """Text shows their bytes; JSON gives them back as they were."""
+    name = os.fsdecode(b"k\xe4rn.png")
+    target = tmp_path / os.fsdecode(b"r\xfcn") / name
+    write_text(target, f"{name} ä")
+    assert target.read_bytes() == "k\\xe4rn.png ä".encode()
+    write_json(target, {"name": [name, "\ud800", "ä"]})
+    assert json.loads(target.read_bytes().decode("ascii")) == {"name": [name, "\ud800", "ä"]}
 
 
 def test_sha256(tmp_path: Path) -> None:

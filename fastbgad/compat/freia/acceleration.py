@@ -33,6 +33,7 @@ from ...reference.flow import global_affine_scale
 from .anomalib_cflow import AcceleratedCflow, check_cflow, looks_like_cflow
 from .blocks import looks_like_flow, read_flow, signature, weights_of
 from .class_swap import exporting, original_class, rebuild, swap, swap_back
+from .refusals import no_flow, stray_blocks
 
 # Measured: on a CPU, a training call of fewer rows is no quicker here than in FrEIA's own operations, since preparing
 # the weights costs the same whatever the number of rows.
@@ -71,9 +72,9 @@ def accelerate(
     call one of them afterwards.
 
     Raises:
-        UnsupportedFlowError: a flow computes something else (GIN, Householder, another subnet, ...), or there is none;
-            the message names the block and the reason. The module is then unchanged. Flows of fastbgad itself are fast
-            already and stay as they are.
+        UnsupportedFlowError: a flow computes something else (GIN, Householder, another subnet, ...), AllInOneBlocks
+            are in a GraphINN or in no sequence, or there is no flow; the message names the block and the reason. The
+            module is then unchanged. Flows of fastbgad itself are fast already and stay as they are.
     """
     check_impl(impl)
     matmul_precision = renamed_precision(matmul_precision, precision)
@@ -91,11 +92,10 @@ def accelerate(
         elif looks_like_cflow(child):
             check_cflow(child, name or type(child).__name__)
             models.append(child)
+    if reason := stray_blocks(module):
+        raise UnsupportedFlowError(reason)
     if not flows and not models and not done:
-        raise UnsupportedFlowError(
-            f"{type(module).__name__} contains no flow of AllInOneBlocks; give a FrEIA SequenceINN, anomalib's Cflow, "
-            "or a module that contains one"
-        )
+        raise UnsupportedFlowError(no_flow(module))
     for flow, state in flows:
         swap(flow, AcceleratedFlow)
         flow.__dict__["_fastbgad"] = state

@@ -28,12 +28,11 @@ class FileOptions:
     """How a dataset's files are named and read, where that differs from the usual."""
 
     mask_suffix: str | None = None
-    """Ending of a mask's name after that of its image, such as _GT; None: no ending, or _mask."""
+    """Ending of a mask's name after that of its image, such as _GT; None: _mask, or nothing."""
     mask_threshold: float | None = None
-    """Share of the full range above which a pixel of a mask is anomalous; 0: every pixel that is not black. None: two
-    values are taken as they are, soft edges are cut at half."""
+    """Masks: share of the full range above which a pixel is anomalous, 0 for all but black. None: half, if soft."""
     bit_depth: int | None = None
-    """Significant bits of images that are stored in 16, such as 12; None: found from the training images."""
+    """Bits used by images that are stored in 16, such as 12; None: found from the training images."""
 
     def __post_init__(self) -> None:
         check_threshold(self.mask_threshold)

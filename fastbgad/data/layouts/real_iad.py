@@ -28,10 +28,11 @@ def list_real_iad(listing: Listing) -> None:
     what = f"realiad_jsons/{listing.root.absolute().name}.json was found neither beside nor above {listing.root}"
     listing.note_holdout(len(listing.test), HOLDOUT, what)
     for defect, name in listing.types(_NG):
-        files = listing.images(_NG, name)
+        folder = listing.tree.find(_NG, name)
+        files = listing.images(_NG, name) if folder is None else folder.images()
         masks = {file.key: file for file in files if file.path.suffix.lower() == ".png"}
-        images = [file for file in files if file.path.suffix.lower() != ".png"]
-        listing.test += _beside(listing, images or files, masks if images else {}, defect)
+        images = listing.without_twins(file for file in files if file.path.suffix.lower() != ".png")
+        listing.test += _beside(listing, images, masks, defect)
 
 
 def _beside(listing: Listing, images: list[ImageFile], masks: Mapping[str, ImageFile], defect: str) -> list[Sample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...wording import printable
 from ..plan import METRICS, Plan
 from .matrix import Column, Line, Matrix, matrix_of
 from .summary import SELECTIONS, Measured, Summary, SweepSummary, TableRow, TableSummary
@@ -22,7 +23,7 @@ _NEEDS = r"% Needs \usepackage{booktabs} and \usepackage{graphicx}; read it with
 
 def escaped(text: str) -> str:
     """Return text with LaTeX's special characters escaped."""
-    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+    return "".join(_SPECIAL.get(letter, letter) for letter in printable(text))
 
 
 def latex_text(summary: Summary) -> str:

@@ -54,6 +54,7 @@ def test_latex_holds_the_numbers_of_both_selections_apart():
 def test_latex_escapes_names_and_survives_emptiness():
     hostile = table(categories=["a_b&c%d#{x}$~^\\"], title="100% \\of_it")
     assert_sound_latex(latex_text(summarize(hostile, {}, NUMBERS)))
+    assert escaped("k\udce4rn") == r"k\textbackslash{}xe4rn"
     assert escaped("a_b & 50% {x} \\ BGAD†") == r"a\_b \& 50\% \{x\} \textbackslash{} BGAD$^\dagger$"
     text = latex_text(summarize(table(), {}, NUMBERS))
     assert_sound_latex(text)
