@@ -13,13 +13,12 @@ import tyro
 
 from ..data import list_categories, parse_size
 from ..data.contact_sheet import check_sheet_path, write_sheet
-from ..data.layouts import FileOptions
 from ..data.sheet_content import SheetCategory, Strip, sheet_strips
 from ..data.summary import CategorySummary, CheckedCategory, MaskSummary, TypeSummary, coverage_text
 from ..errors import ConfigError, DataError
 from ..render import console
-from ..wording import bullets, count, listed
-from .options import Check, Layout
+from ..wording import bullets, count, listed, printable
+from .options import Check, FileOptions, Layout
 
 _MOST_SENTENCES = 20  # of each kind and category
 _NONE = "–"
@@ -79,12 +78,12 @@ class CheckData:
             sheets = [SheetCategory(summary, strips) for summary, strips in looked_at]
             write_sheet(self.sheet, f"Data of {self.data.resolve().name}", sheets)
             if not self.json:
-                print(f"\ncontact sheet: {console.printable(str(self.sheet))}")
+                print(f"\ncontact sheet: {self.sheet}")
         return 2 if any(summary.problems for summary in summaries) else 0
 
     def _look_at(self, name: str | None, is_there: bool) -> tuple[CategorySummary, tuple[Strip, ...]]:
         """Return a category in numbers and, if a sheet is asked for, in pictures."""
-        title = console.printable(name or self.data.name)
+        title = printable(name or self.data.name)
         try:
             with nullcontext() if self.json else console.check_bar(title) as on_files:
                 checked = CheckedCategory(
@@ -141,7 +140,7 @@ def print_overview(summaries: Sequence[CategorySummary]) -> None:
 def print_category(summary: CategorySummary, image_size: tuple[int, int]) -> None:
     """Print everything about a category."""
     layout = f"{summary.title} (layout {summary.layout})" if summary.layout else "cannot be opened"
-    _say(f"{summary.name}: {layout}, {summary.root}")
+    print(f"{summary.name}: {layout}, {summary.root}")
     if summary.types:
         head = ("type", "train", "test", "masks", "mask covers, in %\nmin · median · max", "remarks")
         rows = [_type_row(kind) for kind in summary.types]
@@ -156,13 +155,9 @@ def print_category(summary: CategorySummary, image_size: tuple[int, int]) -> Non
         ("problems", summary.problems),
     ):
         if sentences:
-            _say(f"  {title}:\n{bullets(sentences, _MOST_SENTENCES)}")
+            print(f"  {title}:\n{bullets(sentences, _MOST_SENTENCES)}")
     if not summary.problems:
         print("  nothing is wrong")
-
-
-def _say(text: str) -> None:
-    print(console.printable(text))
 
 
 def _type_row(kind: TypeSummary) -> tuple[object, ...]:

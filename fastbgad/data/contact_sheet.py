@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..render.console import printable
 from ..render.html_page import css_color, render, require_jinja2
 from ..render.plots import GROUND_TRUTH_COLOR
 from ..render.thumbnails import jpeg_address
@@ -41,7 +40,6 @@ def write_sheet(path: Path, title: str, categories: Sequence[SheetCategory]) -> 
         OutputError: the file cannot be written.
     """
     check_sheet_path(path)
-    title = printable(title)
     if path.suffix.lower() == ".png":
         picture = draw_sheet(title, categories)
         write_with(path, lambda temporary: picture.save(temporary, "PNG"))
@@ -59,8 +57,8 @@ def write_sheet(path: Path, title: str, categories: Sequence[SheetCategory]) -> 
 def _category(category: SheetCategory) -> dict[str, Any]:
     summary = category.summary
     return {
-        "name": printable(summary.name),
-        "root": printable(summary.root),
+        "name": summary.name,
+        "root": summary.root,
         "layout": f"{summary.title} (layout {summary.layout})" if summary.layout else "cannot be opened",
         "problems": _cut(summary.problems),
         "notes": _cut(summary.notes),
@@ -86,6 +84,6 @@ def _category(category: SheetCategory) -> dict[str, Any]:
 
 
 def _cut(sentences: Sequence[str]) -> list[str]:
-    shown = [printable(sentence) for sentence in sentences[:_MOST_SENTENCES]]
+    shown = list(sentences[:_MOST_SENTENCES])
     left_out = len(sentences) - len(shown)
     return [*shown, f"and {left_out} more"] if left_out else shown

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..errors import DataError
-from ..render.console import printable
 from ..render.plots import mask_contour
 from ..render.thumbnails import shrink_mask, thumbnail
 from ..wording import count
@@ -93,7 +92,7 @@ def sheet_strips(checked: CheckedCategory, summary: CategorySummary, per_type: i
             shown = list(_choose(members, per_type))
             pictures = tuple(pool.map(lambda row: _picture(row[0], row[2]), shown))
             suspicious = sum(bool(marks) for _, _, marks in members)
-            strips.append(Strip(printable(kind.name), kind.name != GOOD, len(members), suspicious, pictures))
+            strips.append(Strip(kind.name, kind.name != GOOD, len(members), suspicious, pictures))
     return tuple(strip for strip in strips if strip.total)
 
 
@@ -138,12 +137,12 @@ def _marks(sample: Sample, fact: FileFacts | None, vanishes: bool, size: tuple[i
 
 
 def _picture(sample: Sample, marks: tuple[str, ...]) -> Picture:
-    name = printable(sample.part or sample.image.name)
+    name = sample.part or sample.image.name
     try:
         image = read_image(sample.image, sample.decoding.bit_depth)
         photo = thumbnail(image, name)
     except DataError as error:
-        return Picture(name, None, "", marks or ("cannot be read",), printable(str(error)))
+        return Picture(name, None, "", marks or ("cannot be read",), str(error))
     if sample.mask is None:
         return Picture(name, photo, "no mask" if sample.label else "", marks, "")
     try:

@@ -7,8 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..render.console import printable
-from ..wording import count
+from ..wording import count, printable
 from .sheet_content import Picture, SheetCategory, Strip
 
 _SIDE, _GAP, _MARGIN, _ACROSS = 180, 14, 28, 6
@@ -48,13 +47,13 @@ class _Pen:
         summary = category.summary
         self.draw.line((_MARGIN, self.y, _WIDTH - _MARGIN, self.y), _EMPTY)
         self.y += 14
-        self.text(_MARGIN, printable(summary.name), 20, _INK)
+        self.text(_MARGIN, summary.name, 20, _INK)
         self.y += 28
         layout = f"{summary.title} (layout {summary.layout})" if summary.layout else "cannot be opened"
-        self.text(_MARGIN, f"{layout}, {printable(summary.root)}", 12, _SOFT)
+        self.text(_MARGIN, f"{layout}, {summary.root}", 12, _SOFT)
         self.y += _LINE
         if summary.problems:
-            first = printable(summary.problems[0]).splitlines()[0]
+            first = summary.problems[0].splitlines()[0]
             self.text(_MARGIN, f"{count(len(summary.problems), 'problem')}: {first}", 12, _SUSPICIOUS)
             self.y += _LINE
         self.y += 12
@@ -100,7 +99,7 @@ class _Pen:
 
     def error(self, x: int, message: str) -> None:
         """Draw why a picture is missing into its square."""
-        above, rest = self.y, message
+        above, rest = self.y, printable(message)
         self.y += 8
         while rest and self.y < above + _SIDE - _LINE:
             length = next((n for n in range(len(rest), 1, -1) if self.font(11).getlength(rest[:n]) <= _SIDE - 16), 1)
@@ -111,7 +110,7 @@ class _Pen:
 
     def text(self, x: float, text: str, size: int, color: str, width: float = _WIDTH - 2 * _MARGIN) -> None:
         """Draw one line of text, cut to a width."""
-        font = self.font(size)
+        text, font = printable(text), self.font(size)
         if font.getlength(text) > width:
             while text and font.getlength(text + "…") > width:
                 text = text[:-1]

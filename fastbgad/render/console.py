@@ -211,11 +211,6 @@ def print_columns(rows: Sequence[Sequence[object]], head: Sequence[str] = (), ri
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-def printable(text: str) -> str:
-    """Return a text that can be printed: a file name that is not UTF-8 must not cost the report."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def decimals(value: float) -> str:
     """Return a number with four decimals, a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.4f}"
