@@ -231,7 +231,7 @@ def _losses(summary: CategorySummary, image_size: tuple[int, int]) -> str:
         if max(largest) > 1:
             parts.append(f"images are reduced up to {max(largest):.2g} times")
     if vanished is not None and not vanished.masks:
-        parts.append("of every mask a pixel is left at least" if parts else "every mask is kept")
+        parts.append("every mask keeps at least one pixel" if parts else "every mask is kept")
     elif vanished is not None:
         parts.append(f"{vanished.masks} of {count(vanished.of, 'mask')} vanished: no pixel is left")
         size = vanished.smallest_size
