@@ -1,4 +1,4 @@
-"""The command line: `fastbgad demo | train | evaluate | predict | bench | convert | export | reproduce | info`.
+"""The command line: `fastbgad demo | check | train | evaluate | predict | bench | convert | export | reproduce | info`.
 
 Every command is a frozen dataclass with a method `run`. tyro turns its fields into options and their docstrings into
 help.
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from .bench import Bench
+from .check import CheckData
 from .convert import Convert
 from .demo import Demo
 from .evaluate import Evaluate
@@ -22,7 +23,7 @@ from .predict import Predict
 from .reproduce import Reproduce, reproduce_defaults
 from .train import Train, train_defaults
 
-Command = Demo | Train | Evaluate | Predict | Bench | Convert | Export | Reproduce | Info
+Command = Demo | CheckData | Train | Evaluate | Predict | Bench | Convert | Export | Reproduce | Info
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -35,6 +36,7 @@ def parse(arguments: Sequence[str]) -> Command:
     preset = preset_of(arguments)
     commands = (
         Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[CheckData, tyro.conf.subcommand("check")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(preset))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]

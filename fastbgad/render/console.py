@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ def require_rich() -> Any:
     """Return the rich package; raise `MissingDependencyError` where it is not installed."""
     try:
         import rich.console
+        import rich.padding
         import rich.progress
         import rich.table
     except ImportError as error:
@@ -55,6 +56,18 @@ def image_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
             update("images", done, total, f"{done / (time.perf_counter() - started):.0f} images/s")
 
         yield on_images
+
+
+@contextmanager
+def check_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of files that are looked at, gone at the end; yield the callback for the numbers done and in all."""
+    started = time.perf_counter()
+    with _bar(title, transient=True) as update:
+
+        def on_files(done: int, total: int) -> None:
+            update("images", done, total, f"{done / (time.perf_counter() - started):.0f} images/s")
+
+        yield on_files
 
 
 @contextmanager
@@ -111,7 +124,7 @@ class _Pace:
         return f"about {duration(max(rest, 1.0))} left"
 
 
-def _drawn(rich: Any, time_left: Any) -> Any:
+def _drawn(rich: Any, time_left: Any, transient: bool = False) -> Any:
     """Return a bar for the terminal: description, bar, number done and in all, time left, text."""
     columns = rich.progress
     return columns.Progress(
@@ -120,16 +133,17 @@ def _drawn(rich: Any, time_left: Any) -> Any:
         columns.MofNCompleteColumn(),
         time_left,
         columns.TextColumn("{task.fields[text]}"),
+        transient=transient,
     )
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[str, int, int, str], None]]:
+def _bar(title: str, transient: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
     rich = require_rich()
     if not sys.stdout.isatty():
         yield _lines(title)
         return
-    with _drawn(rich, rich.progress.TimeRemainingColumn()) as bar:
+    with _drawn(rich, rich.progress.TimeRemainingColumn(), transient) as bar:
         task, stage_shown = bar.add_task(title, total=None, text=""), ""
 
         def update(stage: str, done: int, total: int, text: str) -> None:
@@ -166,6 +180,35 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     # A file or a pipe has no width: lines need no folding.
     width = None if sys.stdout.isatty() else _WIDEST
     rich.console.Console(soft_wrap=True, width=width).print(table)
+
+
+def print_columns(rows: Sequence[Sequence[object]], head: Sequence[str] = (), right: Collection[int] = ()) -> None:
+    """Print rows in columns without lines, indented; in a terminal the last column is folded at its width.
+
+    Args:
+        rows: cells, printed as they are: no markup.
+        head: of the columns; none are printed if it is empty.
+        right: numbers of the columns that are aligned right.
+    """
+    rich = require_rich()
+    table = rich.table.Table(box=None, pad_edge=False, show_header=bool(head), padding=(0, 2, 0, 0))
+    columns = len(rows[0]) if rows else len(head)
+    for number in range(columns):
+        last = number == columns - 1
+        table.add_column(
+            head[number] if head else "",
+            justify="right" if number in right else "left",
+            no_wrap=not last,
+            overflow="fold",
+            header_style="dim",
+        )
+    for row in rows:
+        table.add_row(*(printable(str(cell)) for cell in row))
+    width = None if sys.stdout.isatty() else _WIDEST
+    console = rich.console.Console(width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as capture:
+        console.print(rich.padding.Padding(table, (0, 0, 0, 2), expand=False))
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def decimals(value: float) -> str:

@@ -10,6 +10,15 @@ from typing import Any
 from ..errors import MissingDependencyError
 
 
+def require_jinja2() -> Any:
+    """Return the jinja2 package; raise `MissingDependencyError` where it is not installed."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingDependencyError("jinja2", "report", "the HTML report") from error
+    return jinja2
+
+
 def render(package: str | None, template: str, **values: Any) -> str:
     """Return the page of a template with `values`, which are all escaped.
 
@@ -22,11 +31,7 @@ def render(package: str | None, template: str, **values: Any) -> str:
     Raises:
         MissingDependencyError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError("jinja2", "report", "the HTML report") from error
-
+    jinja2 = require_jinja2()
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(partial(_source, (package, __package__))),
         autoescape=True,

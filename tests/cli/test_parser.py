@@ -37,6 +37,7 @@ def test_presets_decide_the_defaults() -> None:
     ("command", "taught"),
     [
         ("demo", ("fastbgad demo --out runs/demo --backbone", "(default: brick grass gravel)")),
+        ("check", ("fastbgad check mvtec --category screw --check full", "(default: quick)", "--mask-suffix")),
         ("train", ("fastbgad train --data mvtec --category screw --out runs/screw", "(default:")),
         ("evaluate", ("fastbgad evaluate --model runs/screw/model.safetensors", "(default:")),
         ("predict", ("fastbgad predict --model runs/screw/model.safetensors", "(default: overlay)")),
