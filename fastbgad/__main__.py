@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,10 +12,14 @@ from .errors import FastBGADError, InterruptedTraining, Notice
 from .wording import printable
 
 _ESCAPE = "fastbgad.printable"
+_PIPE_CLOSED = 141  # as of a program that the signal SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for wrong input or configuration, 130 after Ctrl-C."""
+    """Run a command and return its exit code: 0, 2 for wrong input or configuration, 130 after Ctrl-C.
+
+    141 if nobody reads the output to its end.
+    """
     _let_streams_escape()
     # Imported here, so that a missing extra gets its message too.
     try:
@@ -25,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return parse(sys.argv[1:] if arguments is None else arguments).run()
+            code = parse(sys.argv[1:] if arguments is None else arguments).run()
+            sys.stdout.flush()
+            return code
     except InterruptedTraining as interruption:
         print(f"\nfastbgad: {interruption}", file=sys.stderr)
         return 130
@@ -35,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastbgad: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader has seen enough, as `head` has. What is still in the buffer must not raise at exit again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
 
 
 def _let_streams_escape() -> None:

@@ -11,9 +11,10 @@ import tyro
 
 from ..config import LossConfig
 from ..convert.conversion import ReadOptions, Target, convert
-from ..data import Sample, open_category
+from ..data import Sample
 from ..render import console
 from ..system.environment import choose_device
+from .opening import open_with_bar
 from .options import Check, FileOptions, Layout
 
 
@@ -68,7 +69,7 @@ class Convert:
         """Convert the file and print what it holds; return the exit code."""
         normals: tuple[Sample, ...] = ()
         if self.data is not None:
-            normals = open_category(self.data, self.category, self.layout, self.check, self.files).train
+            normals = open_with_bar(self.data, self.category, self.layout, self.check, self.files).train
         with console.image_bar("calibration", len(normals)) if normals else nullcontext() as on_images:
             conversion = convert(
                 self.source,

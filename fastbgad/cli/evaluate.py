@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from ..data import open_category
 from ..evaluate import CalibrationName, Evaluation, false_alarms, run_report
 from ..evaluate.metrics import official_pro
 from ..evaluate.report import write_report
@@ -18,6 +17,7 @@ from ..model.detector import BGAD
 from ..render import console
 from ..system.environment import choose_device, versions
 from ..system.files import make_folder
+from .opening import open_with_bar
 from .options import Check, FileOptions, Layout
 from .results import (
     REPORT_FILE,
@@ -67,7 +67,7 @@ class Evaluate:
         files = self.files
         if files.bit_depth is None:  # as the model was trained, not as this lot looks
             files = replace(files, bit_depth=model.history.get("bit_depth"))
-        category = open_category(self.data, self.category, self.layout, self.check, files)
+        category = open_with_bar(self.data, self.category, self.layout, self.check, files)
         samples, left_out = unseen_samples(model.history, category.test)
         if left_out:
             print(f"left out: {left_out}")

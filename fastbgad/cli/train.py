@@ -14,7 +14,7 @@ import tyro
 
 from ..backbones import Standardize, create_backbone
 from ..config import METHOD_NAMES, PRESETS, TrainConfig
-from ..data import Category, Sample, Split, open_category, split_known_anomalies
+from ..data import Category, Sample, Split, split_known_anomalies
 from ..data.splits import known_pool
 from ..errors import BackboneError, Notice
 from ..evaluate.evaluation import false_alarms
@@ -28,6 +28,7 @@ from ..train import MODEL_FILE, FitResult, fit
 from ..train.data_parallel import DataParallel, process_group
 from ..train.items import check_images
 from ..wording import count
+from .opening import open_with_bar
 from .options import STANDARDIZE, Check, Dtype, FileOptions, Layout, Preset
 from .results import (
     REPORT_FILE,
@@ -127,7 +128,7 @@ class Train:
         with warnings.catch_warnings():
             if not rank.is_first:
                 warnings.simplefilter("ignore", Notice)  # each need be said by one process only
-            category = open_category(self.data, self.category, self.layout, check, self.files)
+            category = open_with_bar(self.data, self.category, self.layout, check, self.files)
         known = config.anomalies.num_anomalies if config.uses_anomalies else 0
         split = split_known_anomalies(category, known, config.anomalies.per_type, config.seed, self.types or None)
         check_images(split, config)  # before the backbone's weights are loaded

@@ -28,6 +28,7 @@ _NO_IMAGE = frozenset({
 })
 # fmt: on
 _SHOWN = 3  # names per reason
+_MOST_REASONS = 12  # in a message
 _MOST_SUFFIXES = 20  # that are counted apart
 
 
@@ -58,7 +59,7 @@ class SkippedFiles:
 
     def message(self, root: str | os.PathLike[str]) -> str:
         """Return the line that says what was left out of a folder, such as a dataset's."""
-        return f"left out of {root}: {'; '.join(self.sentences(root))}"
+        return f"left out of {root}: {listed(self.sentences(root), _MOST_REASONS, '; ')}"
 
 
 class ImageSearch:

@@ -124,14 +124,14 @@ def mask_notes(samples: Sequence[Sample], facts: Sequence[FileFacts]) -> list[st
     if soft := [(sample, mask) for sample, mask in masks if mask.form == "soft edges"]:
         sample, mask = soft[0]
         notes.append(
-            f"{count(len(soft), 'mask')} of {len(masks)} hold more than two values (such as {sample.mask}: "
+            f"more than two values in {len(soft)} of {count(len(masks), 'mask')} (such as {sample.mask}: "
             f"{', '.join(mask.values)}, ...); pixels above half of the full range, 127 of 255, are taken as anomalous "
             "(--mask-threshold 0.5)"
         )
     if alpha := [sample for sample, mask in masks if mask.form == "alpha"]:
         notes.append(
-            f"{count(len(alpha), 'mask')} of {len(masks)} have transparent pixels (such as {alpha[0].mask}); the "
-            "opaque ones are taken as anomalous"
+            f"transparent pixels in {len(alpha)} of {count(len(masks), 'mask')} (such as {alpha[0].mask}); the opaque "
+            "ones are taken as anomalous"
         )
     return [*notes, *_coverage_notes(masks)]
 
@@ -145,14 +145,14 @@ def _coverage_notes(masks: Sequence[tuple[Sample, MaskFacts]]) -> Iterator[str]:
         inverted = [(sample, mask) for sample, mask in members if mask.inverted and mask.share < WHOLE]
         if whole:
             yield (
-                f"{count(len(whole), 'mask')} of {len(members)} of type {defect} cover the whole image (such as "
+                f"the whole image is marked in {len(whole)} of {count(len(members), 'mask')} of type {defect} (such as "
                 f"{whole[0][0].mask}: {whole[0][1].share:.0%}); check that this is meant"
             )
         if inverted:
             yield (
-                f"{count(len(inverted), 'mask')} of {len(members)} of type {defect} look inverted (such as "
+                f"inverted, it seems: {len(inverted)} of {count(len(members), 'mask')} of type {defect} (such as "
                 f"{inverted[0][0].mask}: {inverted[0][1].share:.0%} of the image is marked, with its border); if black "
-                "marks the anomaly, invert them: white must"
+                "marks the anomaly there, invert them"
             )
 
 
@@ -186,7 +186,7 @@ def _inspect(sample: Sample, full: bool, on_mask: Callable[[Sample, NDArray[np.b
 def _mask_problems(sample: Sample, mask: NDArray[np.bool_], size: tuple[int, int] | None) -> Iterator[str]:
     if size is not None and mask.shape != size:
         yield (
-            f"the mask {sample.mask} is {_by(mask.shape)} pixels but its image is {_by(size)}; "
+            f"the mask {sample.mask} is {_by(mask.shape)} pixels (width x height) but its image is {_by(size)}; "
             "draw it at the image's size"
         )
     if not mask.any():

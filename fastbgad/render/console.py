@@ -24,6 +24,7 @@ def require_rich() -> Any:
         import rich.padding
         import rich.progress
         import rich.table
+        import rich.text
     except ImportError as error:
         raise MissingDependencyError("rich", "report", "the command line") from error
     return rich
@@ -176,7 +177,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*(decimals(cell) if isinstance(cell, float) else printable(str(cell)) for cell in row))
+        # Text, not str: a name in square brackets is no markup.
+        cells = (decimals(cell) if isinstance(cell, float) else printable(str(cell)) for cell in row)
+        table.add_row(*map(rich.text.Text, cells))
     # A file or a pipe has no width: lines need no folding.
     width = None if sys.stdout.isatty() else _WIDEST
     rich.console.Console(soft_wrap=True, width=width).print(table)

@@ -196,7 +196,8 @@ class Listing:
 
     def note_holdout(self, number: int, share: float, what: str) -> None:
         """Note that some normal images are kept for the test, because `what` is missing."""
-        self.notes.append(f"{what}: {count(number, 'normal image')} ({share:.0%}) are kept for the test")
+        if number:
+            self.notes.append(f"{what}: {count(number, 'normal image')} ({share:.0%}) are kept for the test")
 
 
 def _order(sample: Sample) -> tuple[str, str]:

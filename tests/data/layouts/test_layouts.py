@@ -413,7 +413,7 @@ def test_unusual_masks_are_noted(tmp_path):
     save(whole, np.full((64, 64), 255, np.uint8))
     _, said = opened(tmp_path)
     assert len(said) == 3
-    assert f"3 masks of 9 hold more than two values (such as {soft[0]}: 0, " in said[0]
+    assert f"more than two values in 3 of 9 masks (such as {soft[0]}: 0, " in said[0]
     assert "127 of 255" in said[0]
-    assert f"1 mask of 3 of type all cover the whole image (such as {whole}: 100%)" in said[1]
-    assert f"2 masks of 3 of type stain look inverted (such as {inverted[0]}: " in said[2]
+    assert f"the whole image is marked in 1 of 3 masks of type all (such as {whole}: 100%)" in said[1]
+    assert f"inverted, it seems: 2 of 3 masks of type stain (such as {inverted[0]}: " in said[2]
