@@ -67,10 +67,13 @@ class ImageSearch:
 
     Args:
         leave_out: folders whose images are not found, such as one that maps are written to.
+        each_once: do not follow links to folders that are searched anyway. False for a dataset, where a link may give a
+            folder the name that its layout asks for; then only circles are left out.
     """
 
-    def __init__(self, leave_out: Iterable[str | os.PathLike[str]] = ()) -> None:
+    def __init__(self, leave_out: Iterable[str | os.PathLike[str]] = (), each_once: bool = True) -> None:
         self.skipped = SkippedFiles()
+        self._each_once = each_once
         self._forbidden = {os.path.realpath(folder) for folder in leave_out}
 
     def below(self, folder: str, prefix: str | None = None) -> Iterator[str]:
@@ -89,7 +92,14 @@ class ImageSearch:
         yield from self._walk(folder, start, [os.path.realpath(folder)])
 
     def _walk(self, folder: str, prefix: str, searched: list[str]) -> Iterator[str]:
-        """Yield the images below one folder; `searched` holds the real paths that are searched, and gets more."""
+        """Yield the images below one folder.
+
+        Args:
+            folder: where to search.
+            prefix: what the yielded paths begin with.
+            searched: the real paths of the first folder and of those that links led to. Where each image is found once
+                they are of the whole search, which adds to them, else of those above this folder.
+        """
         try:
             with os.scandir(folder) as entries:
                 ordered = sorted(entries, key=lambda entry: entry.name)
@@ -104,7 +114,10 @@ class ImageSearch:
             path = prefix + entry.name
             if _is_folder(entry):
                 if self._enters(entry, path, searched):
-                    yield from self._walk(path, os.path.join(path, ""), searched)
+                    inside = searched
+                    if entry.is_symlink() and not self._each_once:
+                        inside = [*searched, os.path.realpath(folder), os.path.realpath(path)]
+                    yield from self._walk(path, os.path.join(path, ""), inside)
             elif self._is_image(entry, path):
                 yield path
 
@@ -118,14 +131,17 @@ class ImageSearch:
             return False
         if entry.is_symlink():
             real = os.path.realpath(path)
-            if _holds(real, searched[0]):
+            above = searched[:1] if self._each_once else [*searched, os.path.realpath(os.path.dirname(path) or ".")]
+            if any(_holds(real, one) for one in above):
                 self.skipped.add("link to a folder that holds this one", path)
                 return False
+            if not self._each_once:
+                return True
             if any(_holds(one, real) for one in searched):
                 self.skipped.add("link to a folder that is searched anyway", path)
                 return False
             searched.append(real)
-        elif len(searched) > 1 and os.path.realpath(path) in searched:
+        elif self._each_once and len(searched) > 1 and os.path.realpath(path) in searched:
             self.skipped.add("folder that a link led to before", path)
             return False
         return True

@@ -87,6 +87,20 @@ def test_a_link_to_a_part_does_not_hide_the_rest(tmp_path):
     assert found(tmp_path / "photos") == (["a/b.png", "b/c.png", "x.png"], {"folder that a link led to before": 1})
 
 
+def test_links_inside_a_dataset_are_followed_but_no_circles(tmp_path):
+    touch(tmp_path, "pool/a.png", "one/b.png", "two/c.png")
+    (tmp_path / "train").mkdir()
+    os.symlink("../pool", tmp_path / "train" / "good")
+    os.symlink("../two", tmp_path / "one" / "to")
+    os.symlink("../one", tmp_path / "two" / "back")
+    os.symlink("..", tmp_path / "pool" / "up")
+    images, counts = found(tmp_path, each_once=False)
+    assert set(images) == {
+        "pool/a.png", "train/good/a.png", "one/b.png", "one/to/c.png", "two/c.png", "two/back/b.png",
+    }  # fmt: skip
+    assert counts == {"link to a folder that holds this one": 4}
+
+
 def test_a_link_to_a_missing_image_is_found(tmp_path):
     """git-annex and DVC leave such links: leaving them out would shrink the dataset."""
     os.symlink(tmp_path / "annex" / "key", tmp_path / "a.png")

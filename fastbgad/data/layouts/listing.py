@@ -59,7 +59,7 @@ class Listing:
     def __init__(self, root: Path, options: FileOptions) -> None:
         self.root = root
         self.options = options
-        self.search = ImageSearch()
+        self.search = ImageSearch(each_once=False)
         self.tree: Folder = read_tree(root, self.search)
         self.train: list[Sample] = []
         self.test: list[Sample] = []
@@ -176,8 +176,11 @@ class Listing:
         self.train.sort(key=_order)
         self.test.sort(key=_order)
         self.known.sort(key=_order)
-        for file in self.tree.images():
-            if file.path not in self._used:
+        left = [file for file in self.tree.images() if file.path not in self._used]
+        # A link may have given a folder another name, under which it was used.
+        used = {os.path.realpath(path) for path in self._used} if left else set()
+        for file in left:
+            if os.path.realpath(file.path) not in used:
                 place = os.path.dirname(file.part) or "the top folder"
                 reason = f"file in {place}, where {title} has none"
                 self.search.skipped.add(reason, str(file.path))

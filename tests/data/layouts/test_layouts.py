@@ -314,6 +314,15 @@ def test_folders_deeper_and_linked_are_read(tmp_path):
     assert said == []
 
 
+def test_links_give_folders_the_names_of_a_layout(tmp_path):
+    folder = make_mvtec(tmp_path / "set", types=("crack",))
+    (folder / "train/good").rename(folder / "photos of May")
+    os.symlink("../photos of May", folder / "train/good")
+    category, said = opened(tmp_path / "set")
+    assert counts(category) == (4, {"good": 2, "crack": 2}, 0)
+    assert said == []
+
+
 def test_everything_left_out_is_named_in_one_notice(tmp_path):
     folder = make_mvtec(tmp_path, types=("crack",))
     normal(folder / "train/bad/000.png")
