@@ -157,7 +157,7 @@ def print_category(summary: CategorySummary, image_size: tuple[int, int]) -> Non
         if sentences:
             print(f"  {title}:\n{bullets(sentences, _MOST_SENTENCES)}")
     if not summary.problems:
-        print("  nothing is wrong")
+        print("  no problems, but look at the notes" if summary.notes else "  nothing is wrong")
 
 
 def _type_row(kind: TypeSummary) -> tuple[object, ...]:
@@ -197,10 +197,13 @@ def _facts(summary: CategorySummary, image_size: tuple[int, int]) -> Iterator[tu
     yield f"at {_by(image_size)}", _losses(summary, image_size)
     split = summary.split
     if split is not None and summary.types:
+        known = count(split.known, "known anomaly", "known anomalies")
+        if split.known and not any(kind.masks.number for kind in summary.types if kind.masks is not None):
+            known += " (of no use without masks: --method nfad)"
         yield (
             "would be used",
-            f"training: {split.normals} normal, {count(split.known, 'known anomaly', 'known anomalies')}; "
-            f"test: {split.tested_normal} normal, {split.tested_anomalous} anomalous",
+            f"training: {split.normals} normal, {known}; test: {split.tested_normal} normal, "
+            f"{split.tested_anomalous} anomalous",
         )
 
 

@@ -15,6 +15,7 @@ import tyro
 from ..backbones import Standardize, create_backbone
 from ..config import METHOD_NAMES, PRESETS, TrainConfig
 from ..data import Category, Sample, Split, split_known_anomalies
+from ..data.layouts import title_of
 from ..data.splits import known_pool
 from ..errors import BackboneError, Notice
 from ..evaluate.evaluation import false_alarms
@@ -206,7 +207,7 @@ def images_text(category: Category, split: Split) -> str:
         remain = "" if category.known else f", {left} {'remains' if left == 1 else 'remain'} for the test"
         parts.append(f"{known} of {len(known_pool(category))}{remain}")
     parts.append(count(len(split.test), "test image"))
-    return f"{category.name}: {', '.join(parts)}"
+    return f"{category.name} ({title_of(category.layout)}): {', '.join(parts)}"
 
 
 def train_defaults(preset: Preset) -> Train:

@@ -30,9 +30,9 @@ def check_images(split: Split, config: TrainConfig) -> None:
     maskless = [sample.image for sample in split.known_anomalies if sample.mask is None]
     if maskless:
         raise DataError(
-            f"method {config.method!r} learns from anomalous pixels, but {len(maskless)} of "
-            f"{count(len(split.known_anomalies), 'known anomaly', 'known anomalies')} have no mask, such as "
-            f"{maskless[0]}: add masks, or {other}"
+            f"method {config.method!r} learns from anomalous pixels, but there is no mask of {len(maskless)} of "
+            f"{count(len(split.known_anomalies), 'known anomaly', 'known anomalies')}, such as {maskless[0]}: "
+            f"add masks, or {other}"
         )
 
 

@@ -43,7 +43,7 @@ def test_report(tmp_path, capsys):
     assert "at 256 x 256 every mask is kept" in printed
     assert "would be used training: 5 normal, 3 known anomalies; test: 2 normal, 3 anomalous" in printed
     assert "- 1 file with the suffix .cr2, which is not read (test/raw.cr2)" in printed
-    assert printed[-1] == "nothing is wrong"
+    assert printed[-1] == "no problems, but look at the notes"
 
 
 def test_several_categories_of_which_some_have_problems(tmp_path, capsys):

@@ -161,7 +161,7 @@ def test_half_of_few_anomalies_are_known(tmp_path: Path, capsys) -> None:
     options = [*TINY, *SHORT, *FEW[2:], "--no-report"]
     assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *options]) == 0
     printed = capsys.readouterr().out
-    assert "widget: 5 normal images, 1 known anomaly of 2, 1 remains for the test, 3 test images;" in printed
+    assert "widget (MVTec AD): 5 normal images, 1 known anomaly of 2, 1 remains for the test, 3 test images;" in printed
 
 
 def test_masks_that_vanish_are_named_before_training(tmp_path: Path, capsys) -> None:

@@ -79,7 +79,7 @@ def test_images_that_a_method_cannot_be_trained_on(split: Split) -> None:
     for method in ("bgad", "bgad_dagger"):
         check_images(split, tiny_config(method))
         for each, message in (
-            (maskless, f"1 of 1 known anomaly have no mask, such as {maskless.known_anomalies[0].image}"),
+            (maskless, f"there is no mask of 1 of 1 known anomaly, such as {maskless.known_anomalies[0].image}"),
             (none, "none is known: raise num_anomalies"),
             (normal_only, "none is known: add anomalous images with masks"),
         ):
