@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastbgad.__main__ import main
-from fastbgad.cli import evaluate as evaluate_module
+from fastbgad.cli import opening
 from fastbgad.cli import train as train_module
 from fastbgad.data import Category, open_category
 from tests.cli.conftest import FEW, SHORT, TINY, train
@@ -94,8 +94,7 @@ def test_unwritable_output(run, tmp_path: Path, capsys) -> None:
 
 def opened_as(monkeypatch: pytest.MonkeyPatch, change: Callable[[Category], Category]) -> None:
     """Make `train` and `evaluate` see a changed category."""
-    for module in (train_module, evaluate_module):
-        monkeypatch.setattr(module, "open_category", lambda *args: change(open_category(*args)))
+    monkeypatch.setattr(opening, "open_category", lambda *args: change(open_category(*args)))
 
 
 def no_masks(category: Category) -> Category:
