@@ -27,6 +27,7 @@ from .config import (
 )
 from .convert import Conversion, ReadOptions, convert
 from .data import Category, Sample, Split, open_category, split_known_anomalies
+from .data.layouts import FileOptions
 from .errors import FastBGADError, Notice
 from .evaluate import Evaluation, Metrics, aupro, auroc, evaluate_model, official_pro
 from .export import ExportSummary, export_detector
@@ -52,6 +53,7 @@ __all__ = [
     "Evaluation",
     "ExportSummary",
     "FastBGADError",
+    "FileOptions",
     "FitResult",
     "FlowConfig",
     "FlowOutput",

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..data import list_categories, parse_size
+from ..data.category import folders_without_category
 from ..data.contact_sheet import check_sheet_path, write_sheet
 from ..data.sheet_content import SheetCategory, Strip, sheet_strips
 from ..data.summary import CategorySummary, CheckedCategory, MaskSummary, TypeSummary, coverage_text
@@ -73,7 +74,8 @@ class CheckData:
         chosen = names if self.category is None and names else [self.category]
         looked_at = [self._look_at(name, name in names) for name in chosen]
         summaries = [summary for summary, _ in looked_at]
-        self._print(summaries)
+        others = folders_without_category(self.data, self.layout) if self.category is None else []
+        self._print(summaries, others)
         if self.sheet is not None:
             sheets = [SheetCategory(summary, strips) for summary, strips in looked_at]
             write_sheet(self.sheet, f"Data of {self.data.resolve().name}", sheets)
@@ -96,13 +98,14 @@ class CheckData:
         summary = checked.summary(self.num_anomalies)
         return summary, () if self.sheet is None else sheet_strips(checked, summary, self.per_type)
 
-    def _print(self, summaries: Sequence[CategorySummary]) -> None:
+    def _print(self, summaries: Sequence[CategorySummary], others: Sequence[str]) -> None:
         if self.json:
             facts: dict[str, Any] = {
                 "data": str(self.data),
                 "check": self.check,
                 "image_size": self.image_size,
                 "categories": [summary.as_dict() for summary in summaries],
+                "not_categories": list(others),
             }
             print(json.dumps(facts, indent=2, allow_nan=False))
             return
@@ -112,6 +115,11 @@ class CheckData:
             if number or len(summaries) > 1:
                 print()
             print_category(summary, self.image_size)
+        if others:
+            print(
+                f"\nnot looked at, since their folders have no known layout: {listed(others, _MOST_SENTENCES)} "
+                f"(in {self.data})"
+            )
 
 
 def print_overview(summaries: Sequence[CategorySummary]) -> None:

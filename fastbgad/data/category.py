@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, DatasetProblemsError, Notice, check_choice
 from ..wording import choose, did_you_mean
-from .files import SkippedFiles
+from .files import ImageSearch, SkippedFiles
 from .inspection import Check, FileFacts, OnFiles, find_bit_depth, inspect_samples, leaks, mask_notes
 from .layouts import KINDS, FileOptions, FolderLayout, Layout, Listing, kind_of, list_samples, title_of
 from .layouts.tree import composed
@@ -60,6 +60,21 @@ def list_categories(root: str | Path, layout: Layout | FolderLayout = "auto") ->
         ConfigError: `layout` is unknown.
     """
     return sorted(_find_categories(Path(root), layout))
+
+
+def folders_without_category(root: str | Path, layout: Layout | FolderLayout = "auto") -> list[str]:
+    """Return the names of folders in `root` that hold images but are no category, sorted; none if `root` is one.
+
+    Raises:
+        DataError: `root` is not a folder.
+        ConfigError: `layout` is unknown.
+    """
+    root = Path(root)
+    categories = _find_categories(root, layout)
+    if kind_of(root, layout) is not None:
+        return []
+    others = [folder for folder in _subfolders(root) if folder.name not in categories]
+    return [folder.name for folder in others if next(ImageSearch().below(str(folder)), None) is not None]
 
 
 def open_category(

@@ -29,6 +29,7 @@ WHOLE = 0.98
 
 _DEPTH_IMAGES = 16  # of a category, from which the bit depth is found
 _INVERTED_SHARE, _INVERTED_BORDER = 0.5, 0.9
+_FEWEST_THREADS = 8  # a disk in the network is slower than a core
 _AHEAD = 64  # images in the queue of the threads
 
 
@@ -74,7 +75,7 @@ def inspect_samples(
     """
     facts: list[FileFacts] = []
     # pillow decodes outside the interpreter lock, so threads are enough.
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="fastbgad-check") as pool:
+    with ThreadPoolExecutor(max(_FEWEST_THREADS, os.cpu_count() or 1), thread_name_prefix="fastbgad-check") as pool:
         for start in range(0, len(samples), _AHEAD):
             part = samples[start : start + _AHEAD]
             for fact in pool.map(lambda sample: _inspect(sample, full, on_mask), part):

@@ -46,6 +46,20 @@ def test_report(tmp_path, capsys):
     assert printed[-1] == "no problems, but look at the notes"
 
 
+def test_folders_that_are_no_categories_are_named(tmp_path, capsys):
+    make_mvtec(tmp_path, "bottle")
+    folder = make_mvtec(tmp_path, "cable")
+    (folder / "train").rename(folder / "trian")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/license.txt").write_text("x")
+    assert main(["check", str(tmp_path)]) == 0
+    assert lines(capsys)[-1] == f"not looked at, since their folders have no known layout: cable (in {tmp_path})"
+    assert main(["check", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_categories"] == ["cable"]
+    assert main(["check", str(tmp_path / "bottle")]) == 0
+    assert "not looked at" not in capsys.readouterr().out
+
+
 def test_several_categories_of_which_some_have_problems(tmp_path, capsys):
     make_mvtec(tmp_path, "bottle")
     folder = make_mvtec(tmp_path, "cable")

@@ -205,6 +205,13 @@ def test_folders_of_no_images(tmp_path):
     the_problem(tmp_path, folder / "train/good", "does not exist")
 
 
+def test_what_lies_beside_a_missing_folder_is_named(tmp_path):
+    folder = make_mvtec(tmp_path)
+    (folder / "train/good").rename(folder / "train/normal")
+    save(folder / "train/loose.png", normal_image(np.random.default_rng(0)))
+    the_problem(tmp_path, folder / "train/good", "in train there are: normal/, 1 image")
+
+
 def test_one_normal_image(tmp_path):
     single = make_folder_dataset(tmp_path / "single", normals=1)
     the_problem(single, single / "normal", "one image")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import ConfigError
-from ...wording import count
+from ...wording import count, listed
 from ..files import IMAGE_SUFFIXES, ImageSearch
 from ..masks import check_threshold
 from ..sample import GOOD, Decoding, Sample
@@ -21,6 +21,8 @@ from .tree import Folder, ImageFile, composed, read_tree
 
 HOLDOUT = 0.2
 """Share of the normal images that is kept for the test where a dataset has no test images."""
+
+_SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,22 @@ class Listing:
                 suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
                 self.problems.append(f"{path} holds no images; add some ({suffixes}) or remove it")
             else:
-                self.problems.append(f"the folder {path} does not exist; create it and put images into it")
+                self.problems.append(
+                    f"the folder {path} does not exist; create it and put images into it{self._beside(*names)}"
+                )
             return []
         return self.without_twins(folder.images())
+
+    def _beside(self, *names: str) -> str:
+        """Return what lies where a folder is missing, which may be meant: other folders with images, and images."""
+        parent = self.tree.find(*names[:-1])
+        if parent is None:
+            return ""
+        found = [f"{name}/" for name in parent.folders]
+        if parent.files:
+            found.append(count(len(parent.files), "image"))
+        place = "/".join(names[:-1]) or str(self.root)
+        return f" (in {place} there are: {listed(found, _SHOWN)})" if found else ""
 
     def types(self, *names: str) -> list[tuple[str, str]]:
         """Return the type and the name of every folder in a folder, also of those without images, sorted."""

@@ -57,15 +57,15 @@ def _table(root: Path) -> Path | None:
 def _list_by_table(listing: Listing, table: Path) -> None:
     files = {file.part: file for file in listing.tree.images()}
     for part, number, image, mask, defect in _entries(table):
+        label = int(defect != GOOD)
         missing = [name for name in (image, mask) if name and name not in files]
-        if missing:
+        if missing or (label and not mask):
+            what = f"names {listing.root / missing[0]}, which does not exist" if missing else "names no mask"
             listing.problems.append(
-                f"entry {number} of {part} in {table} names {listing.root / missing[0]}, which does not exist; copy "
-                "the dataset again or remove the entry"
+                f"entry {number} of {part} in {table} {what}; copy the dataset again or remove the entry"
             )
             continue
         listing.use(files[name] for name in (image, mask) if name)
-        label = int(defect != GOOD)
         sample = listing.sample(files[image], files[mask].path if mask and label else None, label, defect)
         (listing.test if part == "test" else listing.known if label else listing.train).append(sample)
 

@@ -44,6 +44,8 @@ def _list_by_table(listing: Listing, table: Path) -> None:
         missing = [part for part in (image, mask) if part and part not in files]
         if missing:
             what = f"names {listing.root / missing[0]}, which does not exist"
+        elif label and not mask:
+            what = "is anomalous and names no mask"
         elif not image or row["split"] not in ("train", "test"):
             what = "names no image, or neither train nor test"
         else:

@@ -272,6 +272,12 @@ def test_real_iad(tmp_path):
     assert len({sample.name for sample in category.test}) == 6
     with pytest.raises(DataError, match=r"The folder .*realiad_256 holds categories \(audiojack\): give that"):
         open_category(root)
+    table = root / "realiad_jsons/audiojack.json"
+    entries = json.loads(table.read_text())
+    entries["test"][-1]["mask_path"] = None
+    table.write_text(json.dumps(entries))
+    with pytest.raises(DatasetProblemsError, match=r"entry 6 of test in .*audiojack.json names no mask"):
+        open_category(root / "realiad_256")
     (root / "realiad_256/audiojack/OK/S0001/audiojack_0001_OK_C1.jpg").unlink()
     with pytest.raises(DatasetProblemsError, match=r"entry 2 of train in .*audiojack.json names .*S0001"):
         open_category(root / "realiad_256")
