@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -120,6 +121,22 @@ def test_run_onnx_scales_by_the_depth_of_the_camera(run_onnx: dict[str, Any], tm
     assert np.array_equal(
         np.rint(run_onnx["read"](tmp_path / "color.png", (40, 50), 16)[0] * 255), np.stack([ramp >> 8] * 3)
     )
+
+
+def test_run_onnx_refuses_what_pillow_misreads(run_onnx: dict[str, Any], tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 40 * 50).astype(np.uint16).reshape(40, 50)
+    planes = np.stack([ramp, ramp[::-1], ramp[:, ::-1]])
+    tifffile.imwrite(tmp_path / "planar.tif", planes, photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(tmp_path / "white.tif", ramp, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "color.tif", planes.transpose(1, 2, 0), photometric="rgb")
+    for name, depth in (("planar", 16), ("planar", None), ("white", 16), ("color", 12)):
+        with pytest.raises(SystemExit, match=rf"{name}\.tif: pillow misreads 16-bit TIFF files of this kind"):
+            run_onnx["read"](tmp_path / f"{name}.tif", (40, 50), depth)
+    found = run_onnx["read"](tmp_path / "color.tif", (40, 50), 16)[0] * 255
+    assert np.abs(found.transpose(1, 2, 0) - read_image(tmp_path / "color.tif")).max() <= 1.001
+    Image.fromarray(ramp // 16).save(tmp_path / "dark.png")
+    with pytest.raises(SystemExit, match=r"dark\.png: it uses few of its 16 bits, and the model does not know"):
+        run_onnx["read"](tmp_path / "dark.png", (40, 50), None)
 
 
 def wide_png(planes: NDArray[np.uint16]) -> bytes:
