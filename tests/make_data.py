@@ -16,6 +16,20 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
+def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels [H, W, C] of a file with an EXIF orientation that is seen as `upright`."""
+    return {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+
+
 def normal_image(rng: np.random.Generator, size: int = 48) -> np.ndarray:
     """A gray noise texture uint8 [size, size, 3]."""
     return rng.integers(90, 130, (size, size, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ from PIL import Image
 from fastbgad.data import image_size, read_image, read_mask, resize_image, resize_mask
 from fastbgad.data.foreground import foreground_mask, otsu_threshold
 from fastbgad.errors import DataError
-from tests.make_data import save
+from tests.make_data import save, stored_as
 
 RNG_SEED = 3
 TALL = (40, 24)  # height, width: not square, so that exchanged axes are noticed
@@ -92,16 +92,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     # The upper left quarter of the upright scene is white; each orientation tag undoes one stored arrangement.
     upright = np.zeros((32, 16, 3), np.uint8)
     upright[:16, :8] = 255
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright, 1),
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],
-        8: np.rot90(upright, -1),
-    }[orientation]
+    stored = stored_as(upright, orientation)
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a{suffix}"

@@ -15,7 +15,7 @@ from PIL import Image
 from fastbgad.data.images import image_size, largest_wide_value, read_image
 from fastbgad.data.wide_pixels import significant_bits
 from fastbgad.errors import ConfigError, DataError
-from tests.make_data import save
+from tests.make_data import save, stored_as
 
 TALL = (40, 24)
 
@@ -117,16 +117,7 @@ def test_files_that_name_their_range_need_no_depth(tmp_path, color):
 def test_orientation_of_wide_color(tmp_path, orientation):
     upright = np.zeros((32, 16, 3), np.uint16)
     upright[:16, :8] = 65535
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright, 1),
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],
-        8: np.rot90(upright, -1),
-    }[orientation]
+    stored = stored_as(upright, orientation)
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = exif.tobytes().removeprefix(b"Exif\0\0")
