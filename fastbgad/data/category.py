@@ -201,9 +201,9 @@ def _choose(root: Path, category: str | None, categories: Collection[str], layou
 
 def _no_category(root: Path, layout: Layout | FolderLayout) -> str:
     """Return why no category was found, with the nearest thing that was."""
-    asked = "" if isinstance(layout, FolderLayout) or layout == "auto" else f" of the layout {layout!r}"
+    asked = "" if isinstance(layout, FolderLayout) or layout == "auto" else f" (layout {layout!r})"
     message = (
-        f"no category{asked} was found in {root}: neither it nor a folder in it holds train/ (MVTec AD, BTAD and many "
+        f"no category was found in {root}{asked}: neither it nor a folder in it holds train/ (MVTec AD, BTAD and many "
         "others), normal/ (plain folder), or what other layouts have; check the path and the layout"
     )
     for folder in _subfolders(root):

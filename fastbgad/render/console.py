@@ -149,10 +149,13 @@ def _bar(title: str, transient: bool = False) -> Iterator[Callable[[str, int, in
 
         def update(stage: str, done: int, total: int, text: str) -> None:
             nonlocal stage_shown
-            if stage != stage_shown:
+            begins = stage != stage_shown
+            if begins:
                 bar.reset(task, total=total)
                 stage_shown = stage
             bar.update(task, completed=done, total=total, description=f"{title} · {stage}", text=text)
+            if begins:
+                bar.refresh()  # a stage may end before the next regular one
 
         yield update
 

@@ -86,9 +86,9 @@ def test_training_reads_the_training_images_alone(data: Data, method: str, monke
     read: list[str] = []
     read_image, fit, predict = fastbgad.data.loading.read_image, peer_engine.Engine.fit, peer_engine.Engine.predict
 
-    def note_image(path: Path) -> Any:
+    def note_image(path: Path, *options: Any) -> Any:
         read.append(str(path))
-        return read_image(path)
+        return read_image(path, *options)
 
     def note(what: str, function: Any) -> Any:
         def noted(*args: Any, **options: Any) -> Any:
@@ -98,7 +98,7 @@ def test_training_reads_the_training_images_alone(data: Data, method: str, monke
         return noted
 
     monkeypatch.setattr(fastbgad.data.loading, "read_image", note_image)
-    monkeypatch.setattr(fastbgad.data.loading, "read_mask", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(fastbgad.data.loading, "read_mask", lambda path, *_: pytest.fail(f"{path} was read"))
     monkeypatch.setattr(peer_engine.Engine, "fit", note("fit", fit))
     monkeypatch.setattr(peer_engine.Engine, "predict", note("predict", predict))
     run(data, cell(method, epochs=3))
