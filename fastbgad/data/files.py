@@ -23,8 +23,9 @@ IMAGE_SUFFIXES = frozenset({
 
 # Files beside images that nobody takes for images.
 _NO_IMAGE = frozenset({
-    ".cfg", ".csv", ".db", ".dvc", ".gitignore", ".gitkeep", ".htm", ".html", ".ini", ".json", ".jsonl", ".list",
-    ".log", ".md", ".md5", ".pdf", ".py", ".rst", ".sha256", ".toml", ".tsv", ".txt", ".xml", ".yaml", ".yml",
+    ".cfg", ".ckpt", ".csv", ".db", ".dvc", ".gitignore", ".gitkeep", ".htm", ".html", ".ini", ".json", ".jsonl",
+    ".list", ".log", ".md", ".md5", ".onnx", ".pdf", ".pt", ".pt2", ".pth", ".py", ".rst", ".safetensors", ".sha256",
+    ".toml", ".tsv", ".txt", ".xml", ".yaml", ".yml",
 })
 # fmt: on
 _SHOWN = 3  # names per reason

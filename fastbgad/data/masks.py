@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError
 from ..wording import listed
 from .files import ImageSearch
 from .image_file import as_rgb, opened
-from .wide_pixels import read_wide_pixels
+from .wide_pixels import has_separate_planes, read_wide_pixels
 
 DEFAULT_THRESHOLD = 0.5
 """Share of the full range above which a pixel of a mask with soft edges is anomalous."""
@@ -40,6 +40,7 @@ _FLAT_SHARE = 0.3
 _FEW_VALUES = 16
 _NEAR_TOP = 8 / 255
 _OTHER_HUE = 0.3
+_WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _SHOWN = 6
 
 
@@ -119,21 +120,27 @@ class _Levels(NamedTuple):
 def _read_file(path: Path, threshold: float | None) -> MaskReading:
     with opened(path) as image:
         lossy = image.format in ("JPEG", "MPO", "WEBP")
-        wide = read_wide_pixels(path, image)
+        has_channel = image.mode in _WITH_ALPHA
+        # Of masks 8 bits are enough, and pillow keeps the alpha channel.
+        wide = None if has_channel and not has_separate_planes(image) else read_wide_pixels(path, image)
+        if has_channel and wide is not None:
+            raise DataError(
+                f"the mask {path} is a TIFF of separate planes with an alpha channel; save it as a gray PNG"
+            )
         ImageOps.exif_transpose(image, in_place=True)
-        has_channel = image.mode in ("RGBA", "LA", "PA", "La", "RGBa", "P")
+        painted = has_channel or image.mode == "P"
         alpha = _alpha(image) if wide is None else None
         levels = _levels_of(path, _values(image) if wide is None else wide.values)
     if alpha is not None:
         visible = alpha > 255 * (DEFAULT_THRESHOLD if threshold is None else threshold)
         if not visible.all():
-            return _from_alpha(path, levels, visible, has_channel)
+            return _from_alpha(path, levels, visible, painted)
     return _from_levels(path, levels, threshold, lossy)
 
 
 def _alpha(image: Image.Image) -> NDArray[np.uint8] | None:
     """Return the alpha channel uint8 [H, W] of an image, or of a color that means transparent; None without one."""
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or ("transparency" in image.info and image.mode != "F"):
+    if image.mode in _WITH_ALPHA or ("transparency" in image.info and image.mode != "F"):
         return np.array(image.convert("RGBA"))[..., 3]
     return None
 
@@ -166,19 +173,19 @@ def _full_range(values: NDArray[Any]) -> float:
     return 255.0 if top <= 255 else max(top, 65535.0)
 
 
-def _from_alpha(path: Path, levels: _Levels, visible: NDArray[np.bool_], has_channel: bool) -> MaskReading:
+def _from_alpha(path: Path, levels: _Levels, visible: NDArray[np.bool_], painted: bool) -> MaskReading:
     """Return the mask of a file that is not opaque everywhere.
 
     Where no visible pixel is black, or all are, colors say nothing about which pixel is anomalous: it was painted on,
     or cut out to, transparent ground. Where some are black, it is not clear whether colors or alpha mark the anomaly;
-    neither is it where a file without alpha channel declares its bright color transparent.
+    neither is it where a file that was not painted so (without alpha channel) declares its bright color transparent.
     """
     black = levels.share <= DEFAULT_THRESHOLD
     seen = black[visible]
     if seen.size == 0:
         clear = (levels.code == levels.code.flat[0]).all()
     elif seen.all():
-        clear = has_channel or black.all()
+        clear = painted or black.all()
     else:
         clear = not seen.any() or _is_picture(levels, visible)
     if not clear:

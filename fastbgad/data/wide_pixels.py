@@ -70,6 +70,12 @@ def is_wide(path: Path, image: Any) -> bool:
     return image.format == "TIFF" and max(image.tag_v2.get(_BITS, (1,))) == 16
 
 
+def has_separate_planes(image: Any) -> bool:
+    """Return True for a TIFF file of more than 8 bits with a plane per channel, which pillow misreads."""
+    tags = getattr(image, "tag_v2", {})
+    return max(tags.get(_BITS, (1,))) > 8 and tags.get(_PLANAR) == _SEPARATE
+
+
 def to_bytes(path: Path, wide: WidePixels, bit_depth: int | None) -> NDArray[np.uint8]:
     """Return pixels scaled to 0..255 by the depth that was given, or else the file's.
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from fastbgad.data import read_image, read_mask
 from fastbgad.data.masks import read_mask_closely
 from fastbgad.errors import ConfigError, DataError
-from tests.make_data import save
+from tests.make_data import save, write_png
 
 RNG_SEED = 3
 TALL = (40, 24)  # height, width: not square, so that exchanged axes are noticed
@@ -205,6 +206,25 @@ def test_gray_and_palette_with_alpha(tmp_path, blob):
         indexed.putpalette(colors)
         indexed.save(tmp_path / f"{name}.png", transparency=0)
         np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), blob)
+
+
+def test_alpha_of_16_bits(tmp_path, blob):
+    pixels = np.full((*blob.shape, 4), 65535, np.uint16)
+    pixels[..., 3] = np.where(blob, 65535, 0)
+    write_png(tmp_path / "rgba.png", pixels, 6)
+    write_png(tmp_path / "ga.png", pixels[..., 2:], 4)
+    tifffile.imwrite(tmp_path / "rgba.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
+    for name in ("rgba.png", "ga.png", "rgba.tif"):
+        reading = read_mask_closely(tmp_path / name)
+        assert reading.form == "alpha"
+        np.testing.assert_array_equal(reading.mask, blob)
+    planes = np.moveaxis(pixels, 2, 0)
+    tifffile.imwrite(tmp_path / "planes.tif", planes, photometric="rgb", planarconfig="separate", extrasamples=[2])
+    refused(tmp_path / "planes.tif", "separate planes with an alpha channel")
+    tifffile.imwrite(tmp_path / "color.tif", planes[:3] * blob, photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(read_mask(tmp_path / "color.tif"), blob)
+    tifffile.imwrite(tmp_path / "white.tif", np.where(blob, 0, 65535).astype(np.uint16), photometric="miniswhite")
+    np.testing.assert_array_equal(read_mask(tmp_path / "white.tif"), blob)
 
 
 @pytest.mark.filterwarnings("error")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from PIL import Image
 from fastbgad.data.images import image_size, largest_wide_value, read_image
 from fastbgad.data.wide_pixels import significant_bits
 from fastbgad.errors import ConfigError, DataError
-from tests.make_data import save, stored_as
+from tests.make_data import save, stored_as, write_png
 
 TALL = (40, 24)
 
@@ -26,17 +25,6 @@ def color() -> np.ndarray:
     pixels = np.random.default_rng(1).integers(0, 65536, (*TALL, 3), dtype=np.uint16)
     pixels[0, 0] = 65535, 0, 65535
     return pixels
-
-
-def write_png(path: Path, pixels: np.ndarray, color_type: int, chunks: bytes = b"") -> Path:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, color_type, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunks + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    return path
 
 
 def eight_bits(values: np.ndarray, limit: int = 65535) -> np.ndarray:
