@@ -208,7 +208,7 @@ def _from_levels(path: Path, levels: _Levels, threshold: float | None, lossy: bo
     nonzero: NDArray[np.bool_] = levels.code != 0
     if not nonzero.any() or (levels.code[nonzero] == levels.code[nonzero][0]).all():
         return MaskReading(nonzero, "two values", ())
-    distinct = np.unique(levels.code)
+    distinct = _distinct(levels.code)
     values = tuple(f"#{value:06x}" if levels.colored else f"{value:g}" for value in distinct[: _SHOWN + 1].tolist())
     shown = listed(values, _SHOWN, total=len(distinct))
     mask = levels.share > DEFAULT_THRESHOLD
@@ -235,23 +235,30 @@ def _no_soft_edges(levels: _Levels, mask: NDArray[np.bool_], distinct: int, loss
         return f"{gray.mean():.0%} of the image is gray: this is no mask of two values"
     few = distinct <= _FEW_VALUES and not lossy
     between = (share > 0) & (share < top - _NEAR_TOP) if few else gray
-    flat = _flat(levels.code)
-    if between.any() and flat[between].mean() > _FLAT_SHARE:
+    if between.any() and _flat(levels.code, between).mean() > _FLAT_SHARE:
         return "some mark areas of their own, as classes do"
-    if levels.colored and _several_colors(levels.code[mask if few else mask & flat]):
-        return "some are different colors, as for classes"
+    if levels.colored:
+        codes = levels.code[mask] if few else levels.code[mask][_flat(levels.code, mask)]
+        if _several_colors(codes):
+            return "some are different colors, as for classes"
     return ""
 
 
-def _flat(code: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return the pixels bool [H, W] whose eight neighbors have the same value."""
+def _flat(code: NDArray[Any], chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return for each chosen pixel, bool [number of those], True if its eight neighbors have the same value."""
     padded = np.pad(code, 1, mode="edge")
-    height, width = code.shape
-    flat = np.ones(code.shape, dtype=bool)
+    rows, columns = np.nonzero(chosen)
+    flat = np.ones(len(rows), dtype=bool)
     for y in range(3):
         for x in range(3):
-            flat &= padded[y : y + height, x : x + width] == code
+            flat &= padded[rows + y, columns + x] == code[chosen]
     return flat
+
+
+def _distinct(code: NDArray[Any]) -> NDArray[Any]:
+    """Return the different values of an array, sorted."""
+    # Counting is faster than sorting.
+    return np.flatnonzero(np.bincount(code.ravel())) if code.dtype == np.uint8 else np.unique(code)
 
 
 def _several_colors(codes: NDArray[Any]) -> bool:
