@@ -7,6 +7,7 @@ Prints a line per image: score, side of the explicit boundary, share of the pixe
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -14,13 +15,10 @@ from PIL import Image, ImageOps
 
 
 def read(path, size, depth):
-    """An image file as the model wants it: float32 [1, 3, height, width], RGB in [0, 1].
-
-    `depth` is that of 16-bit files; None if the model was trained on none.
-    """
-    height, width = size
+    """An image file as the model wants it: float32 [1, 3, height, width], RGB in [0, 1]; `depth` is of 16-bit files."""
     with Image.open(path) as image:
-        refuse_what_pillow_misreads(image, path, depth)
+        if misread(image, path, depth not in (None, 16)):
+            sys.exit(f"{path}: pillow misreads 16-bit files of this kind; save it as a gray PNG")
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "F" or upright.mode.startswith("I"):
             gray, limit = np.array(upright), 1 if upright.mode == "F" else 2 ** (depth or 16) - 1
@@ -29,32 +27,24 @@ def read(path, size, depth):
             if limit > 1 and depth is None and gray.max() < 2**14:
                 sys.exit(f"{path}: it uses few of its 16 bits, and the model does not know how many; save it in 8 bits")
             upright = Image.fromarray(np.rint(gray * (255 / limit)).astype(np.uint8))
-        upright = upright.convert("RGB")  # drops alpha
-    pixels = np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+        upright = upright.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)  # drops alpha
+    return np.ascontiguousarray((np.asarray(upright, np.float32) / 255).transpose(2, 0, 1)[None])
 
 
-def refuse_what_pillow_misreads(image, path, depth):
-    """Exit for 16-bit files of which pillow reads 8 bits where fewer are used, or planes and scales wrongly."""
-    few_bits = depth not in (None, 16)
-    if image.format == "PNG" and few_bits and not image.mode.startswith("I"):
-        with open(path, "rb") as file:
-            if file.read(25)[24] == 16:
-                sys.exit(f"{path}: pillow reads 8 of the 16 bits, of which the model uses {depth}; save it as gray")
+def misread(image, path, few_bits):
+    """True for 16-bit files of color whose lower bits count, of separate planes, or on which white is 0."""
     if image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8:
-        white_is_zero, color = image.tag_v2.get(262) == 0, image.tag_v2.get(277, 1) > 1
-        planes = image.tag_v2.get(284) == 2
-        if white_is_zero or (color and (planes or few_bits)):
-            sys.exit(f"{path}: pillow misreads 16-bit TIFF files of this kind; save it as a PNG")
+        color, planes = image.tag_v2.get(277, 1) > 1, image.tag_v2.get(284) == 2
+        return image.tag_v2.get(262) == 0 or (color and (planes or few_bits))
+    return image.format == "PNG" and few_bits and image.mode[0] != "I" and Path(path).read_bytes()[24] == 16
 
 
 def main(model, *paths):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    metadata = session.get_modelmeta().custom_metadata_map
-    size, sides = json.loads(metadata["fastbgad.image_size"]), json.loads(metadata["fastbgad.sides"])
-    depth = json.loads(metadata.get("fastbgad.bit_depth", "null"))
+    texts = session.get_modelmeta().custom_metadata_map
+    size, sides, depth = (json.loads(texts.get(f"fastbgad.{k}", "null")) for k in ("image_size", "sides", "bit_depth"))
     for path in paths:
         images = read(path, size, depth)
         # There are more outputs: anomaly_map, and log_likelihood_0, 1, ... of the feature levels.

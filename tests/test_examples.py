@@ -116,7 +116,7 @@ def test_run_onnx_scales_by_the_depth_of_the_camera(run_onnx: dict[str, Any], tm
     with pytest.raises(SystemExit, match=r"camera\.png: its values 1 to 4096 are outside of the model's 0 to 4095"):
         run_onnx["read"](tmp_path / "camera.png", (40, 50), 12)
     (tmp_path / "color.png").write_bytes(wide_png(np.stack([ramp] * 3)))
-    with pytest.raises(SystemExit, match=r"color\.png: pillow reads 8 of the 16 bits, of which the model uses 12"):
+    with pytest.raises(SystemExit, match=r"color\.png: pillow misreads 16-bit files of this kind"):
         run_onnx["read"](tmp_path / "color.png", (40, 50), 12)
     assert np.array_equal(
         np.rint(run_onnx["read"](tmp_path / "color.png", (40, 50), 16)[0] * 255), np.stack([ramp >> 8] * 3)
@@ -130,7 +130,7 @@ def test_run_onnx_refuses_what_pillow_misreads(run_onnx: dict[str, Any], tmp_pat
     tifffile.imwrite(tmp_path / "white.tif", ramp, photometric="miniswhite")
     tifffile.imwrite(tmp_path / "color.tif", planes.transpose(1, 2, 0), photometric="rgb")
     for name, depth in (("planar", 16), ("planar", None), ("white", 16), ("color", 12)):
-        with pytest.raises(SystemExit, match=rf"{name}\.tif: pillow misreads 16-bit TIFF files of this kind"):
+        with pytest.raises(SystemExit, match=rf"{name}\.tif: pillow misreads 16-bit files of this kind"):
             run_onnx["read"](tmp_path / f"{name}.tif", (40, 50), depth)
     found = run_onnx["read"](tmp_path / "color.tif", (40, 50), 16)[0] * 255
     assert np.abs(found.transpose(1, 2, 0) - read_image(tmp_path / "color.tif")).max() <= 1.001

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,12 @@ class FlowOptions(NamedTuple):
     recompute: bool | None = None
 
 
-class FlowCall(NamedTuple):
-    """Arguments of one call of the flow, after they were checked."""
+@dataclass(frozen=True)
+class FlowCall:
+    """Arguments of one call of the flow, after they were checked.
+
+    No NamedTuple: Dynamo of PyTorch 2.8 does not trace the properties of one.
+    """
 
     x: Tensor  # [N, C], or [R, C] with rows
     layers: Sequence[CouplingWeights]
