@@ -135,6 +135,8 @@ def _drawn(rich: Any, time_left: Any, transient: bool = False) -> Any:
         time_left,
         columns.TextColumn("{task.fields[text]}"),
         transient=transient,
+        # Of its own: in the console that rich shares, a bar that was never closed keeps all others from being drawn.
+        console=rich.console.Console(),
     )
 
 
