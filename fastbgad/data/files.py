@@ -49,6 +49,12 @@ class SkippedFiles:
         if len(self.names[reason]) < _SHOWN:
             self.names[reason].append(path)
 
+    def update(self, other: SkippedFiles) -> None:
+        """Add what another search left out."""
+        for reason, number in other.counts.items():
+            self.counts[reason] += number
+            self.names[reason] = (self.names[reason] + other.names[reason])[:_SHOWN]
+
     def sentences(self, root: str | os.PathLike[str] | None = None) -> list[str]:
         """Return one phrase per reason: how many, why, and the first names, relative to `root` if they lie below it."""
         phrases = []
@@ -133,12 +139,12 @@ class ImageSearch:
         if entry.is_symlink():
             real = os.path.realpath(path)
             above = searched[:1] if self._each_once else [*searched, os.path.realpath(os.path.dirname(path) or ".")]
-            if any(_holds(real, one) for one in above):
+            if any(holds(real, one) for one in above):
                 self.skipped.add("link to a folder that holds this one", path)
                 return False
             if not self._each_once:
                 return True
-            if any(_holds(one, real) for one in searched):
+            if any(holds(one, real) for one in searched):
                 self.skipped.add("link to a folder that is searched anyway", path)
                 return False
             searched.append(real)
@@ -184,8 +190,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _holds(folder: str, path: str) -> bool:
-    """Return True if a path is a folder or lies below it."""
+def holds(folder: str, path: str) -> bool:
+    """Return True if a path is a folder or lies below it; both are real paths."""
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 

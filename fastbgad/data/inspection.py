@@ -24,9 +24,7 @@ Check: TypeAlias = Literal["full", "quick", "none"]
 OnFiles: TypeAlias = Callable[[int, int], None]
 """Called with the number of images looked at so far, and of all."""
 
-WHOLE = 0.98
-"""Share of an image above which a mask covers all of it."""
-
+_WHOLE = 0.98  # share of an image above which a mask covers all of it
 _DEPTH_IMAGES = 16  # of a category, from which the bit depth is found
 _INVERTED_SHARE, _INVERTED_BORDER = 0.5, 0.9
 _FEWEST_THREADS = 8  # a disk in the network is slower than a core
@@ -41,7 +39,17 @@ class MaskFacts(NamedTuple):
     form: MaskForm
     values: tuple[str, ...]
     inverted: bool
-    """It covers most of the image and nearly all of its border: perhaps black marks the anomaly."""
+    """It covers most of the image, not all, and nearly all of its border: perhaps black marks the anomaly."""
+
+    @property
+    def empty(self) -> bool:
+        """True for a mask without an anomalous pixel."""
+        return self.share == 0
+
+    @property
+    def whole(self) -> bool:
+        """True for a mask that covers the whole image."""
+        return self.share >= _WHOLE
 
 
 class FileFacts(NamedTuple):
@@ -142,8 +150,8 @@ def _coverage_notes(masks: Sequence[tuple[Sample, MaskFacts]]) -> Iterator[str]:
     for sample, mask in masks:
         by_type[sample.defect].append((sample, mask))
     for defect, members in by_type.items():
-        whole = [(sample, mask) for sample, mask in members if mask.share >= WHOLE]
-        inverted = [(sample, mask) for sample, mask in members if mask.inverted and mask.share < WHOLE]
+        whole = [(sample, mask) for sample, mask in members if mask.whole]
+        inverted = [(sample, mask) for sample, mask in members if mask.inverted]
         if whole:
             yield (
                 f"the whole image is marked in {len(whole)} of {count(len(members), 'mask')} of type {defect} (such as "
@@ -201,7 +209,7 @@ def _mask_facts(reading: MaskReading) -> MaskFacts:
     mask = reading.mask
     share = float(mask.mean()) if mask.size else 0.0
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    inverted = share > _INVERTED_SHARE and float(border.mean()) > _INVERTED_BORDER
+    inverted = _INVERTED_SHARE < share < _WHOLE and float(border.mean()) > _INVERTED_BORDER
     return MaskFacts(share, reading.form, reading.values, inverted)
 
 

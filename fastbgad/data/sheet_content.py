@@ -19,7 +19,7 @@ from .images import read_image
 from .inspection import FileFacts
 from .masks import read_mask
 from .sample import GOOD, Sample
-from .summary import CategorySummary, CheckedCategory, coverage_text, is_empty, is_inverted, is_whole
+from .summary import CategorySummary, CheckedCategory, coverage_text
 
 _OTHER_SIZE = "mask of another size"
 _TINY = 60  # pixels of a mask in a small picture, below which it is shown larger than it is
@@ -122,11 +122,11 @@ def _marks(sample: Sample, fact: FileFacts | None, vanishes: bool, size: tuple[i
     if sample.mask is not None and fact.mask is None:
         marks.append("mask cannot be read")
     if fact.mask is not None:
-        if is_empty(fact.mask):
+        if fact.mask.empty:
             marks.append("mask is empty")
-        if is_whole(fact.mask):
+        if fact.mask.whole:
             marks.append("covers the whole image")
-        if is_inverted(fact.mask):
+        if fact.mask.inverted:
             marks.append("looks inverted")
     if vanishes:
         marks.append(f"vanishes at {size[0]} x {size[1]}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .category import Survey, survey_category
-from .inspection import WHOLE, Check, FileFacts, MaskFacts, OnFiles
+from .inspection import Check, FileFacts, OnFiles
 from .layouts import FileOptions, FolderLayout, Layout
 from .sample import GOOD, Sample
 from .splits import split_known_anomalies
@@ -291,9 +291,9 @@ def _masks(samples: Sequence[Sample], facts: Sequence[FileFacts] | None, vanishe
         min(shares, default=None),
         median(shares) if shares else None,
         max(shares, default=None),
-        sum(is_empty(mask) for mask in masks),
-        sum(is_whole(mask) for mask in masks),
-        sum(is_inverted(mask) for mask in masks),
+        sum(mask.empty for mask in masks),
+        sum(mask.whole for mask in masks),
+        sum(mask.inverted for mask in masks),
         sum(mask.form == "soft edges" for mask in masks),
         sum(mask.form == "alpha" for mask in masks),
         sum(sample in vanished for sample in samples),
@@ -308,21 +308,6 @@ def coverage_text(share: float) -> str:
     if percent < 0.01:
         return "<0.01"
     return f"{percent:.2f}" if percent < 1 else f"{percent:.1f}" if percent < 10 or percent >= 99 else f"{percent:.0f}"
-
-
-def is_empty(mask: MaskFacts) -> bool:
-    """Return True for a mask without an anomalous pixel."""
-    return mask.share == 0
-
-
-def is_whole(mask: MaskFacts) -> bool:
-    """Return True for a mask that covers the whole image."""
-    return mask.share >= WHOLE
-
-
-def is_inverted(mask: MaskFacts) -> bool:
-    """Return True for a mask that looks as if black marked the anomaly; one of the whole image does not."""
-    return mask.inverted and not is_whole(mask)
 
 
 def _sizes(facts: Sequence[FileFacts]) -> SizeSummary | None:

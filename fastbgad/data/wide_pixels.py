@@ -168,7 +168,8 @@ def _from_tiff(path: Path, image: Any) -> WidePixels | None:
         ImageOps.exif_transpose(image, in_place=True)
         values = _checked(path, np.array(image))
         # pillow inverts such a scale for 8 bits only.
-        return WidePixels(((1 << bits) - 1) - values if photometric == _WHITE_IS_ZERO else values, min(bits, 16), False)
+        bits = min(bits, 16)  # integers of 32 bits are taken to span 0..65535, too
+        return WidePixels(((1 << bits) - 1) - values if photometric == _WHITE_IS_ZERO else values, bits, False)
     if samples < 3 or bits != 16:
         return None
     if photometric == _RGB:
@@ -193,13 +194,13 @@ def _color_tiff(path: Path, image: Image.Image, separate: bool) -> NDArray[np.ui
         if separate or not _lacks_codec(error):
             raise DataError(f"cannot decode the TIFF image {path} ({error}); export it again as PNG") from error
         # Compressed in a way that takes another package: pillow reads its upper bytes.
-        pixels, axes = np.array(image.convert("RGB")).astype(np.uint16) * 257, "YXS"
+        pixels = np.array(image.convert("RGB")).astype(np.uint16) * 257
         if pixels.max(initial=0) < _FEW_LEVELS * 257:
             raise DataError(
                 f"the image {path} is a compressed TIFF of 16 bits that uses few of them; to read it: "
                 "pip install imagecodecs, or export it again without compression"
             ) from error
-        return np.asarray(pixels)  # pillow has turned it already
+        return pixels  # pillow has turned it already
     if axes.startswith("S"):
         pixels = np.moveaxis(pixels, 0, -1)
     return turned_upright(pixels[..., :3].astype(np.uint16), orientation)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.files import IMAGE_SUFFIXES, ImageSearch, SkippedFiles, is_broken_link
+from ..data.files import IMAGE_SUFFIXES, ImageSearch, SkippedFiles, holds, is_broken_link
 from ..errors import DataError, Notice, OutputError
 from ..system.files import atomic_path
 
@@ -161,7 +161,7 @@ class _Finder:
             yield from self._matching(pattern)
         if self._skipped:
             self._roots = [*self._roots[:1], path]
-            _add(self.left_out, self._skipped)
+            self.left_out.update(self._skipped)
 
     def nothing(self, pattern: str) -> DataError:
         """Return the error for the last pattern if it named no image."""
@@ -195,7 +195,7 @@ class _Finder:
         return os.path.join(self._last_real, name)
 
     def _below(self, folder: str) -> Iterator[str]:
-        if any(_holds(results, os.path.realpath(folder)) for results in self._results):
+        if any(holds(results, os.path.realpath(folder)) for results in self._results):
             self._skipped.add("folder that results are written to", folder)
             self._left_results = True
             return
@@ -205,7 +205,7 @@ class _Finder:
 
     def _unless_result(self, path: str) -> Iterator[str]:
         """Yield a file, unless it is a map of an earlier call: a shell's photos/*/*.png names those, too."""
-        if self._results and any(_holds(results, self.real_name(path)) for results in self._results):
+        if self._results and any(holds(results, self.real_name(path)) for results in self._results):
             self._skipped.add("file in a folder that results are written to", path)
             self._left_results = True
         else:
@@ -238,14 +238,3 @@ def _is_covered(path: str, searched: set[str]) -> bool:
             return False
         path = folder
     return False
-
-
-def _holds(folder: str, path: str) -> bool:
-    return path == folder or path.startswith(os.path.join(folder, ""))
-
-
-def _add(total: SkippedFiles, more: SkippedFiles) -> None:
-    for reason, number in more.counts.items():
-        for name in more.names[reason]:
-            total.add(reason, name)
-        total.counts[reason] += number - len(more.names[reason])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +42,16 @@ class FileOptions:
         check_bit_depth(self.bit_depth)
         if self.mask_suffix is not None and (not self.mask_suffix or os.sep in self.mask_suffix):
             raise ConfigError(f"mask_suffix is {self.mask_suffix!r}; give the ending of a mask's name, such as _GT")
+
+
+class TableEntry(NamedTuple):
+    """An image as a dataset's table has it; paths are relative to the category."""
+
+    place: str  # in the table, for messages
+    split: str  # "train" or "test"
+    image: str
+    mask: str  # empty if there is none
+    defect: str
 
 
 class Listing:
@@ -167,6 +178,31 @@ class Listing:
             self._used.add(mask)
         part = image.part if os.sep in image.part else ""
         return Sample(image.path, mask, label, defect, part, Decoding(mask_threshold=self.options.mask_threshold))
+
+    def add_entry(self, entry: TableEntry, files: Mapping[str, ImageFile], parts_in_names: bool = True) -> None:
+        """Add the sample of a table's entry to its part; it is a problem if the table and the files do not agree.
+
+        Args:
+            entry: of the table.
+            files: the images of the category by their paths relative to it.
+            parts_in_names: tell samples apart by these paths, for file names that recur within a type.
+        """
+        label = int(entry.defect != GOOD)
+        missing = [path for path in (entry.image, entry.mask) if path and path not in files]
+        if missing:
+            wrong = f"names {self.root / missing[0]}, which does not exist"
+        elif label and not entry.mask:
+            wrong = "names no mask for an anomalous image"
+        elif not entry.image or entry.split not in ("train", "test"):
+            wrong = "names no image, or neither train nor test"
+        else:
+            self.use(files[path] for path in (entry.image, entry.mask) if path)
+            mask = files[entry.mask].path if label else None
+            sample = self.sample(files[entry.image], mask, label, entry.defect)
+            sample = sample if parts_in_names else sample._replace(part="")
+            (self.test if entry.split == "test" else self.known if label else self.train).append(sample)
+            return
+        self.problems.append(f"{entry.place} {wrong}; copy the dataset again or remove it there")
 
     def use(self, files: Iterable[ImageFile]) -> None:
         """Count images as used, so that they are not reported as left out."""

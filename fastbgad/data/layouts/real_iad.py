@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..sample import GOOD, Sample
-from .listing import HOLDOUT, Listing
+from .listing import HOLDOUT, Listing, TableEntry
 from .tree import ImageFile
 
 _OK, _NG = "OK", "NG"
@@ -56,22 +56,12 @@ def _table(root: Path) -> Path | None:
 
 def _list_by_table(listing: Listing, table: Path) -> None:
     files = {file.part: file for file in listing.tree.images()}
-    for part, number, image, mask, defect in _entries(table):
-        label = int(defect != GOOD)
-        missing = [name for name in (image, mask) if name and name not in files]
-        if missing or (label and not mask):
-            what = f"names {listing.root / missing[0]}, which does not exist" if missing else "names no mask"
-            listing.problems.append(
-                f"entry {number} of {part} in {table} {what}; copy the dataset again or remove the entry"
-            )
-            continue
-        listing.use(files[name] for name in (image, mask) if name)
-        sample = listing.sample(files[image], files[mask].path if mask and label else None, label, defect)
-        (listing.test if part == "test" else listing.known if label else listing.train).append(sample)
+    for entry in _entries(table):
+        listing.add_entry(entry, files)
 
 
-def _entries(table: Path) -> Iterator[tuple[str, int, str, str, str]]:
-    """Yield part, number, image, mask (may be empty) and type of every entry; paths are relative to the category.
+def _entries(table: Path) -> Iterator[TableEntry]:
+    """Yield the entries of a table; the paths in it are relative to the category.
 
     Raises:
         DataError: the file cannot be read, or is not of this form.
@@ -84,7 +74,8 @@ def _entries(table: Path) -> Iterator[tuple[str, int, str, str, str]]:
             for number, entry in enumerate(content[part], start=1):
                 image, mask = str(entry["image_path"]), str(entry.get("mask_path") or "")
                 defect = GOOD if entry["anomaly_class"] == normal else str(entry["anomaly_class"])
-                yield part, number, image.removeprefix(prefix), mask.removeprefix(prefix), defect
+                place = f"entry {number} of {part} in {table}"
+                yield TableEntry(place, part, image.removeprefix(prefix), mask.removeprefix(prefix), defect)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{table} is not the JSON file of a category of Real-IAD ({reason}); copy it again") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..sample import GOOD
-from .listing import HOLDOUT, Listing
+from .listing import HOLDOUT, Listing, TableEntry
 
 TABLE = Path("split_csv") / "1cls.csv"
 """The table of the one-class protocol, in the folder of the dataset."""
@@ -40,21 +40,9 @@ def _list_by_table(listing: Listing, table: Path) -> None:
         listing.problems.append(f"{table} names no image of {category}; check the name of the folder")
     for number, row in rows:
         image, mask = (row[name].removeprefix(f"{category}/") for name in ("image", "mask"))
-        label = int(row["label"].casefold() != "normal")
-        missing = [part for part in (image, mask) if part and part not in files]
-        if missing:
-            what = f"names {listing.root / missing[0]}, which does not exist"
-        elif label and not mask:
-            what = "is anomalous and names no mask"
-        elif not image or row["split"] not in ("train", "test"):
-            what = "names no image, or neither train nor test"
-        else:
-            listing.use(files[part] for part in (image, mask) if part)
-            sample = listing.sample(files[image], files[mask].path if mask and label else None, label, _ANOMALY)
-            sample = sample._replace(part="", defect=_ANOMALY if label else GOOD)
-            (listing.test if row["split"] == "test" else listing.known if label else listing.train).append(sample)
-            continue
-        listing.problems.append(f"line {number} of {table} {what}; copy the dataset again or remove the line")
+        defect = GOOD if row["label"].casefold() == "normal" else _ANOMALY
+        entry = TableEntry(f"line {number} of {table}", row["split"], image, mask, defect)
+        listing.add_entry(entry, files, parts_in_names=False)
 
 
 def _rows(table: Path, category: str) -> list[tuple[int, dict[str, str]]]:
